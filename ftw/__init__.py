@@ -1,0 +1,23 @@
+"""Filter-then-Weight: picks and reweights the training samples of every step of a fine-tuning run."""
+
+from ftw import errors, filters, gradients, optim_state, registry, solvers
+from ftw.errors import FtwError
+from ftw.problem import Selection, SelectionProblem, Solution, Status
+from ftw.selector import Selector
+from ftw.target import Target
+
+__all__ = [
+    "FtwError",
+    "Selection",
+    "SelectionProblem",
+    "Selector",
+    "Solution",
+    "Status",
+    "Target",
+    "errors",
+    "filters",
+    "gradients",
+    "optim_state",
+    "registry",
+    "solvers",
+]

@@ -1,0 +1,182 @@
+"""The decision of one step: small problem -> filter -> solver -> weights -> `Selection`.
+
+Sees n-dimensional numbers only; called by the selector with what the assembly measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftw.assembly import OBJECTIVES, Measurement
+from ftw.errors import ConfigurationError
+from ftw.filters.base import Filter
+from ftw.problem import Selection, SelectionProblem, Solution, Status
+from ftw.solvers.base import WeightSolver
+from ftw.solvers.constraints import ConstraintSet
+
+ConstraintMaker = Callable[[Tensor, int], ConstraintSet]
+"""`(mass of the chosen candidates (m,), n) -> set of weights`: for sets that depend on the pool."""
+
+TOTALS = ("preserve", "at_most")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a step is decided; the fields are the `Selector` arguments of the same names, components resolved.
+
+    Raises:
+        ConfigurationError: a value is not allowed, or two do not go together.
+    """
+
+    filter: Filter
+    solver: WeightSolver
+    constraints: ConstraintSet | ConstraintMaker
+    budget: float
+    ridge: float
+    objective: str
+    trust: float
+    total: str
+
+    def __post_init__(self) -> None:
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("total", self.total, TOTALS)
+        _check_budget(self.budget)
+        at_least("ridge", self.ridge, 0.0)
+        if not self.trust > 0:
+            raise ConfigurationError(
+                f"trust is {self.trust!r}; it must be positive; 1 is the optimizer's own curvature."
+            )
+        if self.objective == "match" and self.trust != 1.0:
+            raise ConfigurationError(
+                f"trust={self.trust} is given with objective='match'; it acts on objective='utility' only."
+            )
+
+    def decide(self, measurement: Measurement, geometry: str, mass: Tensor, generator: torch.Generator) -> Selection:
+        """Indices, weights and diagnostics of a step.
+
+        Args:
+            measurement: of the whole pool, quarantined candidates included (they keep weight 0).
+            geometry: the one that the measurement's `chosen` numbers were made with.
+            mass: (n,), of the whole pool, on any positive scale.
+            generator: for filters that draw.
+
+        Raises:
+            SolverError: the solver found no usable weights.
+        """
+        n = measurement.true.alignment.numel()
+        present = torch.tensor([i for i in range(n) if i not in measurement.excluded], dtype=torch.long)
+        mass = mass[present]
+        mass = mass * (len(present) / mass.sum())
+        gram, alignment = self._objective(measurement, geometry)
+        problem = SelectionProblem(
+            gram=gram[present][:, present],
+            alignment=alignment[present],
+            budget=min(_budget(self.budget, len(present)), len(present)),
+            mass=mass,
+            generator=generator,
+        )
+        chosen = self.filter(problem)
+        weights = torch.zeros(n, dtype=torch.float64)
+        solution = self._weigh(problem, chosen) if len(chosen) else None
+        if solution is not None:
+            weights[present[chosen]] = solution.weights
+        status = Status.NOTHING_USEFUL if solution is None else solution.status
+        full_mass = torch.zeros(n, dtype=torch.float64)
+        full_mass[present] = mass
+        sum_of_weights = float(full_mass @ weights)
+        raw = weights.clone()
+        if sum_of_weights > 0:
+            scale = len(present) / sum_of_weights
+            # The masses' rounding must not keep weights of 1 from being plain training to the bit.
+            scale = 1.0 if abs(scale - 1.0) < 1e-12 else scale
+            weights *= min(scale, 1.0) if self.total == "at_most" else scale
+        else:
+            weights.zero_()
+            status = Status.NOTHING_USEFUL
+        return self._report(measurement, geometry, raw, weights, status, solution, full_mass)
+
+    def _objective(self, measurement: Measurement, geometry: str) -> tuple[Tensor, Tensor]:
+        """K and b of the problem under the chosen objective (DESIGN, section 2)."""
+        chosen = measurement.chosen
+        if self.objective == "match":
+            return chosen.gram, chosen.alignment
+        if geometry == "vanilla":  # gradient descent: no offset, kappa = 1
+            return chosen.gram / self.trust, chosen.alignment
+        return measurement.gained / self.trust, chosen.alignment - measurement.coupling / self.trust
+
+    def _weigh(self, problem: SelectionProblem, chosen: Tensor) -> Solution:
+        gram = problem.gram_block(chosen)
+        m = len(chosen)
+        gram = gram + self.ridge * (gram.trace() / m) * torch.eye(m, dtype=gram.dtype)
+        assert problem.mass is not None
+        allowed = self.constraints
+        if not isinstance(allowed, ConstraintSet):
+            allowed = allowed(problem.mass[chosen], problem.size)
+        return self.solver.solve(gram, problem.alignment[chosen], allowed)
+
+    def _report(
+        self,
+        measurement: Measurement,
+        geometry: str,
+        raw: Tensor,
+        weights: Tensor,
+        status: Status,
+        solution: Solution | None,
+        mass: Tensor,
+    ) -> Selection:
+        first, curvature = measurement.first_order(weights), measurement.curvature(weights)
+        target = float(measurement.chosen.target)
+        # ||C w - g||^2 / ||g||^2 for the solver's own weights, before they are rescaled.
+        gap = float(raw @ measurement.chosen.gram @ raw - 2 * measurement.chosen.alignment @ raw) + target
+        squares = float(weights.square().sum())
+        diagnostics = {
+            "candidates": len(weights),
+            "geometry": geometry,
+            "first_order": first,
+            "curvature": curvature,
+            "offset_drop": float(measurement.offset_drop),
+            "relative_residual": max(gap, 0.0) ** 0.5 / target**0.5 if target > 0 else float("nan"),
+            "effective_sample_size": float(weights.sum()) ** 2 / squares if squares else 0.0,
+            "kkt_residual": solution.kkt_residual if solution is not None else float("nan"),
+            "iterations": solution.iterations if solution is not None else 0,
+            "quarantined": list(measurement.excluded),
+            "alignment": measurement.chosen.alignment.clone(),
+            "mass": mass,
+        }
+        return Selection(
+            indices=weights.nonzero().flatten(),
+            weights=weights,
+            predicted_drop=first - curvature,
+            status=status,
+            diagnostics=diagnostics,
+        )
+
+
+def _budget(budget: float, n: int) -> int:
+    return budget if isinstance(budget, int) else max(1, int(budget * n + 0.5))
+
+
+def _check_budget(budget: Any) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
+        raise ConfigurationError(f"budget is {budget!r}; allowed are an int of at least 1 or a float in (0, 1].")
+    if isinstance(budget, float) and budget > 1:
+        raise ConfigurationError(
+            f"budget is {budget!r}; a float is a fraction of the pool and lies in (0, 1]; pass an int for a count."
+        )
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigurationError` unless the value is one of the allowed."""
+    if value not in allowed:
+        raise ConfigurationError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def at_least(name: str, value: Any, least: float) -> None:
+    """Raise `ConfigurationError` unless the value is a number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ConfigurationError(f"{name} is {value!r}; a number of at least {least} is needed.")

@@ -1,0 +1,24 @@
+"""Per-candidate gradients, recorded during the trainer's own backward."""
+
+from ftw.gradients.auto import Auto
+from ftw.gradients.base import Block, Contributions, GradientExtractor
+from ftw.gradients.factorized import Factorized
+from ftw.gradients.full import Full
+from ftw.gradients.lora import LoRA
+from ftw.gradients.pieces import Dense, OuterProduct, Piece, RowScatter
+from ftw.gradients.recorder import Recorder
+
+__all__ = [
+    "Auto",
+    "Block",
+    "Contributions",
+    "Dense",
+    "Factorized",
+    "Full",
+    "GradientExtractor",
+    "LoRA",
+    "OuterProduct",
+    "Piece",
+    "Recorder",
+    "RowScatter",
+]

@@ -1,0 +1,219 @@
+"""Contributions of one window, and the interface of extractors, which decide in what form they are kept.
+
+The recorder fills `Contributions` during the trainer's backward; the assembly reads it block by block, once;
+the selector asks it for the weighted gradient. DESIGN, sections 3.1, 3.3, 3.5.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ftw.gradients.pieces import Piece, Rows
+from ftw.optim_state.base import ScaleOperator
+
+BLOCK_BYTES = {"cpu": 2 << 20}
+"""Default size of a block by device type: on a CPU, what a core's own cache holds (`benchmarks/selection_cost.py`)."""
+
+ACCELERATOR_BLOCK_BYTES = 64 << 20
+"""Elsewhere: large enough that launching kernels costs nothing against running them."""
+
+SPARE = 2
+"""Rows of a block behind the candidates', for a reader's directions: one matrix product then serves b and K."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of one parameter for all candidates of the window.
+
+    Attributes:
+        rows: which rows of the parameter.
+        memory: (n + SPARE, r, *shape[1:]), contiguous; the spare rows hold anything. The reader may write to it; the
+            next block reuses it. None where no candidate touches the rows.
+    """
+
+    rows: Rows
+    memory: Tensor | None
+
+    @property
+    def values(self) -> Tensor | None:
+        """The rows of every c_i, (n, r, *shape[1:]): a view of the memory."""
+        return None if self.memory is None else self.memory[:-SPARE]
+
+
+class Contributions:
+    """c_i for every candidate i of a window and every recorded parameter, with the loss scale divided out.
+
+    Law: `combine(ones)` is the gradient that the trainer's backward makes of the pool.
+
+    Args:
+        pieces: parameter -> what was recorded for it.
+        count: n, the number of candidates.
+        excluded: numbers of quarantined candidates. They count as zero everywhere and are never read by `combine`.
+        block_bytes: bound on the memory of one block, in bytes (one row of the parameter at least); default by device.
+    """
+
+    def __init__(
+        self,
+        pieces: Mapping[Parameter, list[Piece]],
+        count: int,
+        *,
+        excluded: tuple[int, ...] = (),
+        block_bytes: int | None = None,
+    ) -> None:
+        self._pieces = {p: list(kept) for p, kept in pieces.items() if kept}
+        self.count = count
+        self.excluded = excluded
+        self.block_bytes = block_bytes
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Parameters for which something was recorded."""
+        return list(self._pieces)
+
+    def without(self, excluded: tuple[int, ...]) -> Contributions:
+        """The same contributions with these candidates in quarantine."""
+        return type(self)(self._pieces, self.count, excluded=excluded, block_bytes=self.block_bytes)
+
+    def numel(self) -> int:
+        """Numbers kept in memory."""
+        return sum(piece.numel for kept in self._pieces.values() for piece in kept)
+
+    def blocks(self, parameter: Parameter, *, split: bool = True) -> Iterator[Block]:
+        """All rows of a parameter, block by block; `split=False` gives them as a single block."""
+        kept = self._pieces[parameter]
+        shape = kept[0].shape
+        touched = [piece.touched_rows() for piece in kept]
+        if split and all(rows is not None for rows in touched):
+            yield from self._sparse_blocks(kept, torch.cat([rows for rows in touched if rows is not None]).unique())
+            return
+        step = self._rows_per_block(kept) if split else max(1, shape[0])
+        workspace = self._workspace(kept, min(step, shape[0]))
+        for first in range(0, shape[0], step):
+            rows = slice(first, min(first + step, shape[0]))
+            yield Block(rows, self._fill(kept, workspace, rows, rows.stop - rows.start))
+
+    def _sparse_blocks(self, kept: list[Piece], touched: Tensor) -> Iterator[Block]:
+        step = self._rows_per_block(kept)
+        workspace = self._workspace(kept, min(step, len(touched)))
+        for rows in touched.split(step):
+            if len(rows):
+                yield Block(rows, self._fill(kept, workspace, rows, len(rows)))
+        rest = torch.ones(kept[0].shape[0], dtype=torch.bool, device=touched.device)
+        rest[touched] = False
+        for rows in rest.nonzero().flatten().split(step * max(1, self.count)):
+            if len(rows):
+                yield Block(rows, None)
+
+    def _rows_per_block(self, kept: list[Piece]) -> int:
+        bound = self.block_bytes or BLOCK_BYTES.get(kept[0].device.type, ACCELERATOR_BLOCK_BYTES)
+        row = (self.count + SPARE) * prod(kept[0].shape[1:]) * kept[0].dtype.itemsize
+        return max(1, bound // max(1, row))
+
+    def _workspace(self, kept: list[Piece], rows: int) -> Tensor:
+        # Flat in candidate and row, so that a shorter last block is still contiguous.
+        shape = ((self.count + SPARE) * max(1, rows), *kept[0].shape[1:])
+        return torch.empty(shape, dtype=kept[0].dtype, device=kept[0].device)
+
+    def _fill(self, kept: list[Piece], workspace: Tensor, rows: Rows, length: int) -> Tensor:
+        total = self.count + SPARE
+        memory = workspace[: total * length].view(total, length, *kept[0].shape[1:])
+        written = torch.zeros(self.count, dtype=torch.bool)
+        for piece in kept:
+            # All pieces of one forward span the same candidates: either all are new here or none is.
+            span = slice(piece.start, piece.start + piece.count)
+            piece.add_rows(memory[span], rows, overwrite=not written[piece.start])
+            written[span] = True
+        unwritten = (~written).nonzero().flatten().tolist()  # a layer that some forward of the window did not use
+        for i in (*unwritten, *self.excluded):
+            memory[i] = 0
+        return memory
+
+    def per_candidate(self, parameter: Parameter) -> Tensor:  # -> (n, *shape)
+        """c_i of one parameter, written out: n times the parameter's memory. For tests and small parameters."""
+        (block,) = self.blocks(parameter, split=False)
+        assert block.values is not None
+        return block.values.clone()
+
+    def alignment(self, direction: Mapping[Parameter, Tensor]) -> Tensor:  # -> (n,) float64
+        """`c_i' d` summed over the parameters in `direction`, on the CPU."""
+        result = torch.zeros(self.count, dtype=torch.float64)
+        for parameter in self._pieces:
+            if parameter not in direction:
+                continue
+            along = direction[parameter]
+            for block in self.blocks(parameter):
+                if block.values is not None:
+                    part = along[block.rows].to(block.values.dtype).flatten()
+                    result += (block.values.flatten(1) @ part).to("cpu", torch.float64)
+        return result
+
+    def gram(
+        self, scale: Mapping[Parameter, ScaleOperator], index: Tensor | None = None
+    ) -> Tensor:  # -> (m, m) float64
+        """`c_i' M c_j` for the candidates in `index` (all by default), on the CPU."""
+        chosen = torch.arange(self.count) if index is None else index
+        result = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
+        for parameter in self._pieces:
+            if parameter not in scale:
+                continue
+            for block in self.blocks(parameter, split=False):
+                assert block.values is not None
+                values = block.values[chosen.to(block.values.device)]
+                root = scale[parameter].power(0.5).apply(values).flatten(1)
+                result += (root @ root.T).to("cpu", torch.float64)
+        return result
+
+    def combine(self, weights: Tensor | None = None) -> dict[Parameter, Tensor]:
+        """`sum_i w_i c_i` for every recorded parameter, in the parameter's shape and dtype.
+
+        Args:
+            weights: (n,); None: all 1. Candidates of weight 0 and quarantined ones are not read.
+        """
+        if self.excluded:
+            weights = torch.ones(self.count, dtype=torch.float64) if weights is None else weights.clone()
+            weights[list(self.excluded)] = 0.0
+        if weights is not None and bool((weights == 1).all()):
+            weights = None
+        return {p: self._combine(p, kept, weights) for p, kept in self._pieces.items()}
+
+    @staticmethod
+    def _combine(parameter: Parameter, kept: list[Piece], weights: Tensor | None) -> Tensor:
+        total = torch.zeros(parameter.shape, dtype=kept[0].dtype, device=parameter.device)
+        for piece in kept:
+            piece.add_combined(total, None if weights is None else weights[piece.start : piece.start + piece.count])
+        return total.to(parameter.dtype)
+
+    def nonfinite_candidates(self) -> tuple[int, ...]:
+        """Numbers of candidates with NaN or infinity in any contribution. Reads everything once."""
+        bad = torch.zeros(self.count, dtype=torch.bool)
+        for parameter in self._pieces:
+            for block in self.blocks(parameter):
+                if block.values is not None:
+                    bad |= ~torch.isfinite(block.values.flatten(1)).all(1).cpu()
+        return tuple(int(i) for i in bad.nonzero().flatten())
+
+
+class GradientExtractor(ABC):
+    """Decides in which form the pieces of a contribution are kept until the weights are known.
+
+    Law: whatever the form, alignments, Gram and combination are the same to rounding, unless the extractor
+    documents an approximation.
+    """
+
+    def check(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> None:
+        """Raise `CoverageError` if the extractor cannot serve these parameters. The base serves all."""
+
+    @abstractmethod
+    def keep(self, piece: Piece) -> Piece:
+        """The piece in the form to keep; called in the backward, as soon as a layer's gradient is known."""
+
+    def contributions(self, pieces: Mapping[Parameter, list[Piece]], count: int) -> Contributions:
+        """The contributions of a window; an extractor with a form of its own overrides this."""
+        return Contributions(pieces, count)

@@ -1,0 +1,192 @@
+"""Plain data that travels between the parts: the small problem, the solution, the selection.
+
+The selector assembles a `SelectionProblem` from contributions, optimizer state and target gradient; filters
+and solvers see nothing else. All tensors here are float64 on the CPU and have the length of the pool, n.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftw.errors import ConfigurationError
+
+GramSource = Callable[[Tensor | None], Tensor]
+"""`index (m,) -> K[index][:, index] (m, m)`; `None` means all candidates."""
+
+
+class Status(enum.StrEnum):
+    """How a solve or a step ended. Compares equal to its plain name: `status == "optimal"`."""
+
+    OPTIMAL = "optimal"
+    INACCURATE = "inaccurate"
+    INFEASIBLE = "infeasible"
+    UNBOUNDED = "unbounded"
+    FAILED = "failed"
+    NOTHING_USEFUL = "nothing_useful"
+    OVERFLOW = "overflow"
+
+    @property
+    def sentence(self) -> str:
+        """What happened and what to do next."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.OPTIMAL: "The weights satisfy the optimality conditions.",
+    Status.INACCURATE: "The solver stopped short of its tolerance: look at kkt_residual, allow more iterations "
+    "or add ridge.",
+    Status.INFEASIBLE: "No weights satisfy the constraints: raise the cap or lower the total.",
+    Status.UNBOUNDED: "The objective has no minimum on this set because the Gram matrix is singular: add ridge "
+    "or choose a bounded set.",
+    Status.FAILED: "The solver returned nothing usable: try the solver 'pgd'.",
+    Status.NOTHING_USEFUL: "No candidate moves the model towards the target, so the gradient is zero this step: "
+    "look at the target set and the learning rate if this happens often.",
+    Status.OVERFLOW: "A contribution overflowed under an enabled GradScaler: the gradient is left non-finite so "
+    "that the scaler skips the step and lowers its scale.",
+}
+
+
+@dataclass(frozen=True)
+class SelectionProblem:
+    """Choose at most `budget` of n candidates and weigh them: `min 1/2 w'Kw - b'w` (DESIGN, section 2).
+
+    Args:
+        gram: K, (n, n), symmetric positive semidefinite; or a `GramSource` that forms blocks of it on demand;
+            or None for filters that look at the alignment alone.
+        alignment: b, (n,).
+        budget: k, the number of candidates that may keep a non-zero weight, `0 <= k <= n`.
+        mass: mu, (n,), positive, rescaled to sum to n; equal by default.
+        generator: source of randomness for filters that draw; owned by the caller.
+
+    Inputs of any floating dtype and device are converted to float64 on the CPU.
+
+    Raises:
+        ConfigurationError: shapes that do not fit, non-finite numbers, an asymmetric K, a budget out of range.
+    """
+
+    gram: Tensor | GramSource | None = None
+    alignment: Tensor = field(default_factory=lambda: torch.zeros(0))
+    budget: int = 0
+    mass: Tensor | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        alignment = as_vector("alignment", self.alignment)
+        n = alignment.numel()
+        object.__setattr__(self, "alignment", alignment)
+        if not isinstance(self.budget, int) or isinstance(self.budget, bool) or not 0 <= self.budget <= n:
+            raise ConfigurationError(
+                f"budget is {self.budget!r}; allowed are integers from 0 to the pool's size {n}; "
+                "pass the number of candidates to keep."
+            )
+        if isinstance(self.gram, Tensor):
+            object.__setattr__(self, "gram", as_gram(self.gram, n))
+        if self.mass is None:
+            mass = torch.ones(n, dtype=torch.float64)
+        else:
+            mass = as_vector("mass", self.mass)
+            if mass.numel() != n or bool((mass <= 0).any()):
+                raise ConfigurationError(
+                    f"mass has {mass.numel()} entries, smallest {float(mass.min()) if mass.numel() else None}; "
+                    f"{n} positive numbers are needed, one per candidate; drop candidates without loss instead."
+                )
+            mass = mass * (n / mass.sum()) if n else mass
+        object.__setattr__(self, "mass", mass)
+
+    @property
+    def size(self) -> int:
+        """n, the number of candidates."""
+        return self.alignment.numel()
+
+    @cached_property
+    def full_gram(self) -> Tensor:
+        """K, (n, n). Formed at the first use if a `GramSource` was given."""
+        if isinstance(self.gram, Tensor):
+            return self.gram
+        return self._form(None)
+
+    def gram_block(self, index: Tensor) -> Tensor:
+        """K[index][:, index], (m, m), without forming the rest where a `GramSource` was given."""
+        if isinstance(self.gram, Tensor) or "full_gram" in self.__dict__:
+            return self.full_gram[index][:, index]
+        return self._form(index)
+
+    def _form(self, index: Tensor | None) -> Tensor:
+        if self.gram is None or isinstance(self.gram, Tensor):
+            raise ConfigurationError(
+                "this problem has no Gram matrix (gram=None), but the component asked for it; "
+                "pass gram=K, (n, n), or a callable that forms blocks of it."
+            )
+        return as_gram(self.gram(index), self.size if index is None else index.numel())
+
+
+def as_vector(name: str, value: Any) -> Tensor:  # -> (n,) float64
+    """`value` as a finite float64 vector on the CPU, or a `ConfigurationError` that names it."""
+    vector = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    if vector.dim() != 1:
+        raise ConfigurationError(f"{name} has shape {tuple(vector.shape)}; one number per candidate is needed, (n,).")
+    if not bool(torch.isfinite(vector).all()):
+        bad = (~torch.isfinite(vector)).nonzero().flatten().tolist()
+        raise ConfigurationError(
+            f"{name} is not finite at {bad}; quarantine those candidates before the problem is posed."
+        )
+    return vector
+
+
+def as_gram(value: Any, n: int) -> Tensor:  # -> (n, n) float64
+    """`value` as a finite symmetric float64 matrix on the CPU, or a `ConfigurationError`.
+
+    Asymmetry up to 1e-6 of the largest entry is rounding and is averaged away.
+    """
+    gram = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    if tuple(gram.shape) != (n, n):
+        raise ConfigurationError(f"gram has shape {tuple(gram.shape)}; ({n}, {n}) is needed to fit the alignment.")
+    if not bool(torch.isfinite(gram).all()):
+        raise ConfigurationError("gram is not finite; quarantine the candidates at fault before the problem is posed.")
+    if n and float((gram - gram.T).abs().max()) > 1e-6 * float(gram.abs().max()):
+        raise ConfigurationError("gram is not symmetric; pass K = C'MC, symmetric positive semidefinite.")
+    return (gram + gram.T) / 2
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a weight solver returns: a value with status and statistics.
+
+    Attributes:
+        weights: (n,) float64, in the constraint set.
+        status: `optimal`, `inaccurate`, `infeasible`, `unbounded` or `failed`; `status.sentence` explains.
+        kkt_residual: relative, scale-free distance from optimality (`ftw.solvers.kkt_residual`); 0 is exact.
+        iterations: of the solver's own loop; 0 for direct methods.
+    """
+
+    weights: Tensor
+    status: Status
+    kkt_residual: float
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The decision of one step.
+
+    Attributes:
+        indices: LongTensor (m,), m <= k, ascending: candidates with a non-zero weight.
+        weights: (n,) float64, one per candidate in the order recorded, 0 where dropped; plain training is 1.
+        predicted_drop: predicted fall of the mean target loss through the coming optimizer step, in nats,
+            offset (momentum, decay) included: first order minus curvature, both in `diagnostics`.
+        status: `optimal`, `inaccurate`, `nothing_useful` or `overflow`; `status.sentence` explains.
+        diagnostics: figures of the step, by name; see `docs/selector.md`.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    predicted_drop: float
+    status: Status
+    diagnostics: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,357 @@
+"""The selector: record -> contributions -> problem -> filter -> solver -> weights -> gradient.
+
+The only place where the parts meet. The training loop stays the user's: it records around its own backward and
+calls `apply()` before it clips and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ftw import registry
+from ftw.assembly import GEOMETRIES, Measurement, measure
+from ftw.decision import ConstraintMaker, Policy, at_least, one_of
+from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
+from ftw.filters.base import Filter
+from ftw.gradients.base import Contributions, GradientExtractor
+from ftw.gradients.recorder import Recorder
+from ftw.modes import all_finite
+from ftw.optim_state.base import Preconditioner, state_of
+from ftw.optim_state.lookup import preconditioner_for
+from ftw.problem import Selection, Status
+from ftw.solvers.base import WeightSolver
+from ftw.solvers.constraints import CappedCone, ConstraintSet
+from ftw.target import LossFunction, Target
+
+STATE_VERSION = 1
+
+NOTHING_USEFUL = ("zero", "skip")
+
+
+class Selector:
+    """Chooses and weighs the candidates of every optimizer step.
+
+    Args:
+        model: called by the training loop; its inputs' leading dimension is the candidates'.
+        optimizer: the one whose `step()` follows `apply()`. Its trainable parameters are recorded.
+        target: iterable of batches of the target set, or a `Target`.
+        loss_fn: loss of a target batch, `loss_fn(model, batch) -> ()`; default `model(**batch).loss`.
+        budget: k; an int, or a float in (0, 1] for a fraction of the pool (rounded, at least 1). A pool smaller than
+            an int budget keeps all its candidates.
+        gradients: extractor: "auto", "full", "lora", "factorized", a class or an instance.
+        preconditioner: "auto" (by the optimizer's type), a name, a class or an instance.
+        filter, solver: a name (`ftw list` shows them), a class or an instance.
+        constraints: set of weights that the solver minimises over, or a `ConstraintMaker`; default
+            `CappedCone(cap)`. Whatever the set, see `total`.
+        cap: largest weight as a multiple of the chosen candidates' mean weight.
+        ridge: added to K's diagonal on the chosen candidates, relative to its mean there.
+        geometry: "curvature" (M), "update" (M^2) or "vanilla" (learning rate only).
+        objective: "match" (make the update that the target gradient would make) or "utility" (second-order fall of
+            the target loss, offset included).
+        trust: curvature of the utility is multiplied by one over it; above 1 is bolder. For "utility" only.
+        total: "preserve" rescales to `mu'w = n`, so that weights are free of either loss's scale; "at_most" keeps the
+            solver's own total where it is smaller (both losses must then be on one scale).
+        warmup: vanilla geometry while the optimizer has taken fewer steps than this; for optimizers whose M depends on
+            their history (see `docs/optimizer-state.md` for the measurement behind the default).
+        refresh, target_batches, ema: see `Target`.
+        nothing_useful: what `apply()` leaves when no candidate helps: "zero" gradients (momentum and decay still act),
+            or "skip": `p.grad = None`, so that the optimizer's step does nothing.
+        residual: gradient that no candidate owns: "error", or "keep" to add it unweighted.
+        lean: form no pool gradient in the backward. False leaves the trainer's `p.grad` in place until `apply()`.
+        check: audit identity and completeness in the first record.
+        seed: of the generator that random filters draw from.
+
+    Raises:
+        ConfigurationError, UnknownComponentError, CoverageError, UnsupportedOptimizerError: at construction, before
+            the model is touched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        target: Iterable[Any] | Target,
+        loss_fn: LossFunction | None = None,
+        budget: float = 0.25,
+        gradients: str | type[GradientExtractor] | GradientExtractor = "auto",
+        preconditioner: str | type[Preconditioner] | Preconditioner = "auto",
+        filter: str | type[Filter] | Filter = "greedy",
+        solver: str | type[WeightSolver] | WeightSolver = "pgd",
+        constraints: ConstraintSet | ConstraintMaker | None = None,
+        cap: float = 4.0,
+        ridge: float = 1e-3,
+        geometry: str = "curvature",
+        objective: str = "match",
+        trust: float = 1.0,
+        total: str = "preserve",
+        warmup: int = 5,
+        refresh: int = 1,
+        target_batches: int | str = 1,
+        ema: float = 0.0,
+        nothing_useful: str = "zero",
+        residual: str = "error",
+        lean: bool = True,
+        check: bool = True,
+        seed: int = 0,
+    ) -> None:
+        one_of("geometry", geometry, GEOMETRIES)
+        one_of("nothing_useful", nothing_useful, NOTHING_USEFUL)
+        at_least("warmup", warmup, 0)
+        if objective == "utility" and geometry == "update":
+            raise ConfigurationError(
+                "objective='utility' with geometry='update' has no meaning: utility is in nats, the update geometry "
+                "is not; choose geometry='curvature' or 'vanilla', or objective='match'."
+            )
+        if isinstance(target, Target):
+            if (loss_fn, refresh, target_batches, ema) != (None, 1, 1, 0.0):
+                raise ConfigurationError(
+                    "loss_fn, refresh, target_batches and ema go with a plain iterable; the Target given has its own; "
+                    "set them there."
+                )
+            self.target = target
+        else:
+            self.target = Target(target, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
+        self.model = model
+        self.optimizer = optimizer
+        self.policy = Policy(
+            filter=registry.resolve("filters", filter),
+            solver=registry.resolve("solvers", solver),
+            constraints=CappedCone(cap) if constraints is None else constraints,
+            budget=budget,
+            ridge=ridge,
+            objective=objective,
+            trust=trust,
+            total=total,
+        )
+        self.geometry = geometry
+        self.warmup = warmup
+        self.nothing_useful = nothing_useful
+        extractor: GradientExtractor = registry.resolve("gradients", gradients)
+        self.preconditioner: Preconditioner = (
+            preconditioner_for(optimizer)
+            if preconditioner == "auto"
+            else registry.resolve("optim_state", preconditioner)
+        )
+        self.preconditioner.check(optimizer)
+        self._recorder = Recorder(
+            model,
+            [p for group in optimizer.param_groups for p in group["params"]],
+            extractor,
+            lean=lean,
+            residual=residual,
+            check=check,
+        )
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+        self._masses: list[Tensor] = []
+        self._loss_scale = 1.0
+        self._scaled = False
+        self._equal_mass = True
+        self._decided: tuple[Selection, Contributions] | None = None
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def record(
+        self, *, mass: Tensor | Iterable[float] | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> Iterator[None]:
+        """Record the forwards and backwards inside the block; blocks add up until `apply()` or `select()`.
+
+        Args:
+            mass: each candidate's share of the loss normalisation, on any common positive scale, one entry per row
+                of the block's forwards in their order: label tokens where the loss is a token mean. Default: equal.
+            scaler: the GradScaler that scales the loss in this block; its scale is divided out of the
+                contributions and put back by `apply()`.
+
+        Raises:
+            ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
+        """
+        if self._decided is not None:  # select() ended that window
+            self._clear()
+        scaled = scaler is not None and scaler.is_enabled()
+        scale = float(scaler.get_scale()) if scaler is not None and scaled else 1.0
+        if self._recorder.count and scale != self._loss_scale:
+            raise RecordingError(
+                f"the loss scale changed from {self._loss_scale} to {scale} within one window; all micro-batches of a "
+                "step must share it; pass the same scaler each time and update it after the step."
+            )
+        before = self._recorder.count
+        with self._recorder.record(loss_scale=scale):
+            yield
+            if before and (mass is None) != self._equal_mass:
+                raise ConfigurationError(
+                    "mass was given for some micro-batches of the window and not for others; their scales cannot be "
+                    "compared; pass it for all or for none."
+                )
+            self._masses.append(_mass(mass, self._recorder.count - before))
+        self._loss_scale, self._scaled, self._equal_mass = scale, scaled, mass is None
+
+    def select(self) -> Selection:
+        """Indices and weights of the window, gradients untouched; ends the window.
+
+        `apply()` may follow and writes the gradient of the same selection; the next `record()` begins a new window.
+
+        Raises:
+            RecordingError: nothing was recorded.
+            NonFiniteError, TargetError, SolverError: nothing was changed; the window can be discarded.
+        """
+        if self._decided is not None:
+            raise RecordingError("select() was called twice for one window; record() the next step first.")
+        return self._decide()[0]
+
+    def apply(self) -> Selection:
+        """Write `sum_i w_i c_i` to `p.grad`; then clip, step and zero the gradients as usual.
+
+        Raises:
+            As `select()`; `p.grad` is then as it was.
+        """
+        selection, contributions = self._decide() if self._decided is None else self._decided
+        self._write(selection, contributions)
+        self._clear()
+        return selection
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last step."""
+        self._clear()
+
+    def close(self) -> None:
+        """Remove all hooks from the model and release what was recorded."""
+        self._clear()
+        self._recorder.close()
+
+    # -- resuming --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (numbers, tensors) from which a run resumes bitwise: steps, random state, target.
+
+        Raises:
+            RecordingError: in the middle of a window, whose contributions cannot be saved.
+        """
+        if self._decided is None and self._recorder.count:
+            raise RecordingError(
+                f"{self._recorder.count} candidates are recorded and not yet applied; state can be saved between steps "
+                "only; call apply() or discard() first."
+            )
+        return {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "generator": self._generator.get_state(),
+            "target": self.target.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict()` was taken; model and optimizer must have been restored to the same moment."""
+        if state.get("version") != STATE_VERSION:
+            raise ConfigurationError(
+                f"the selector's state has version {state.get('version')!r}; this release reads {STATE_VERSION}; "
+                "resume with the release that saved it."
+            )
+        self._clear()
+        self._step = int(state["step"])
+        self._generator.set_state(state["generator"])
+        self.target.load_state_dict(state["target"])
+
+    # -- deciding --------------------------------------------------------------------------------------------------
+
+    def _decide(self) -> tuple[Selection, Contributions]:
+        if not self._recorder.count:
+            raise RecordingError(
+                "nothing was recorded since the last step; run forward and backward inside `with selector.record():` "
+                "before apply() or select()."
+            )
+        before = self._step, self._generator.get_state(), self.target.snapshot()
+        try:
+            contributions = self._recorder.contributions()
+            measurement: Measurement | None
+            try:
+                measurement, geometry = self._measure(contributions)
+            except NonFiniteError:
+                # Under a GradScaler overflow is routine: the scaler must see it, skip the step and back off.
+                if not (self._scaled and contributions.nonfinite_candidates()):
+                    raise
+                measurement = None
+            if measurement is None or (self._scaled and measurement.excluded):
+                self._restore(before)
+                selection = _overflow(contributions.count)
+            else:
+                contributions = contributions.without(measurement.excluded)
+                selection = self.policy.decide(measurement, geometry, torch.cat(self._masses), self._generator)
+                self._step += 1
+                selection.diagnostics["step"] = self._step
+        except BaseException:
+            self._restore(before)
+            raise
+        self._decided = selection, contributions
+        return self._decided
+
+    def _restore(self, before: tuple[int, Tensor, Any]) -> None:
+        self._step = before[0]
+        self._generator.set_state(before[1])
+        self.target.restore(before[2])
+
+    def _measure(self, contributions: Contributions) -> tuple[Measurement, str]:
+        recorded = set(contributions.parameters)
+        names = {name: p for name, p in self.model.named_parameters() if p in recorded}
+        target = self.target.gradient(self.model, names)
+        geometry = "vanilla" if self._is_cold(contributions.parameters) else self.geometry
+        residual = self._recorder.residual
+        return measure(contributions, self.optimizer, self.preconditioner, target, residual, geometry), geometry
+
+    def _is_cold(self, parameters: list[Parameter]) -> bool:
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in parameters]
+        return any(age is not None and age < self.warmup for age in ages)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _write(self, selection: Selection, contributions: Contributions) -> None:
+        residual = self._recorder.residual
+        if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
+            gradients: dict[Parameter, Tensor | None] = dict.fromkeys(contributions.parameters)
+        else:
+            combined = contributions.combine(selection.weights)
+            if selection.status != Status.OVERFLOW and not all_finite(combined.values()):
+                raise NonFiniteError(
+                    "the weighted gradient overflows although every chosen contribution is finite; it was not written; "
+                    "discard() this step, and lower the loss or the cap."
+                )
+            for p, rest in residual.items():
+                combined[p] = combined[p] + rest if p in combined else rest
+            gradients = {p: g * self._loss_scale if self._loss_scale != 1.0 else g for p, g in combined.items()}
+        for p, gradient in gradients.items():
+            if gradient is None or p.grad is None:
+                p.grad = gradient
+            else:
+                p.grad.copy_(gradient)
+
+    def _clear(self) -> None:
+        self._recorder.clear()
+        self._masses = []
+        self._decided = None
+
+
+def _overflow(n: int) -> Selection:
+    # All weights 1: the combination then holds what overflowed, and the scaler sees it.
+    weights = torch.ones(n, dtype=torch.float64)
+    return Selection(torch.arange(n), weights, float("nan"), Status.OVERFLOW)
+
+
+def _mass(mass: Any, rows: int) -> Tensor:
+    if mass is None:
+        return torch.ones(rows, dtype=torch.float64)
+    values = torch.as_tensor(mass, dtype=torch.float64, device="cpu").detach().flatten()
+    if values.numel() != rows or not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise ConfigurationError(
+            f"mass has {values.numel()} entries for {rows} recorded candidates (smallest "
+            f"{float(values.min()) if values.numel() else None}); one positive finite number per candidate is needed; "
+            "leave candidates without label tokens out of the batch."
+        )
+    return values

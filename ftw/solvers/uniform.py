@@ -1,0 +1,46 @@
+"""Equal weights on the chosen candidates: the baseline of every comparison with a weight solver."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftw.problem import Solution, Status
+from ftw.solvers.base import WeightSolver
+from ftw.solvers.certificate import kkt_residual
+from ftw.solvers.constraints import ConstraintSet
+from ftw.solvers.polyhedron import Polyhedron
+
+
+class Uniform(WeightSolver):
+    """The same weight for everybody, whatever K and b: 1, or what the set's total asks for.
+
+    Equal weights are not meant to minimise the objective, so `optimal` here means: they are in the set. That is
+    what `tolerance = inf` says, and the base class's law holds with it. `kkt_residual` is of the real objective
+    all the same, and shows how much a weight solver could still gain. Equal weights that the set does not hold
+    (a cap below them) are status `infeasible`.
+    """
+
+    needs_gram: ClassVar[bool] = False
+    tolerance: float = math.inf
+
+    def _solve(self, gram: Tensor, alignment: Tensor, constraints: ConstraintSet) -> Solution:
+        n = alignment.numel()
+        if constraints.feasible(n):
+            weights = torch.full_like(alignment, _common_weight(constraints.polyhedron(n)))
+            if constraints.contains(weights):
+                residual = kkt_residual(gram, alignment, constraints, weights)
+                return Solution(weights, Status.OPTIMAL, residual)
+        return Solution(torch.zeros_like(alignment), Status.INFEASIBLE, math.inf)
+
+
+def _common_weight(polyhedron: Polyhedron) -> float:
+    """The one value that satisfies the first equality (the others are checked by membership); 1 without any."""
+    if not len(polyhedron.values):
+        return 1.0
+    size = float(np.sum(polyhedron.rows[0]))
+    return float(polyhedron.values[0]) / size if size else 0.0

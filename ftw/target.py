@@ -1,0 +1,222 @@
+"""The target: where the gradient g comes from. Batches of a small set that stands for what the user wants.
+
+Called by the selector once a step, outside the trainer's forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ftw.errors import ConfigurationError, NonFiniteError, TargetError
+from ftw.modes import all_finite, evaluating
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class Target:
+    """Gradient of the mean loss on target samples, refreshed on a schedule.
+
+    Args:
+        batches: iterable of batches; begun again when it ends. A list, or anything that yields the same batches each
+            time, makes resuming exact.
+        loss_fn: `loss_fn(model, batch) -> ()`, mean over the batch; default: `model(**batch).loss`, with the batch's
+            tensors moved to the model's device.
+        refresh: steps between two target gradients; 1 is every step. In between the last one is used again, which
+            hurts soon (DESIGN, section 6).
+        batches_per_refresh: how many batches make one gradient, weighted by their rows; "all": the whole iterable.
+        ema: weight of the previous gradient, `g = ema * g_previous + (1 - ema) * g_new`; 0: none.
+
+    The model is in eval mode while g is computed (no dropout, no random numbers drawn) and its modes are put
+    back; `p.grad` is not touched.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        loss_fn: LossFunction | None = None,
+        *,
+        refresh: int = 1,
+        batches_per_refresh: int | str = 1,
+        ema: float = 0.0,
+    ) -> None:
+        if isinstance(batches, (str, bytes, Mapping, Tensor)) or not isinstance(batches, Iterable):
+            raise ConfigurationError(
+                f"target is a {type(batches).__name__}; an iterable of batches is needed; wrap a single batch in a "
+                "list."
+            )
+        if isinstance(batches, Sequence) and not len(batches):
+            raise TargetError("the target has no batch; at least one is needed; pass samples of what you train for.")
+        if not isinstance(refresh, int) or refresh < 1:
+            raise ConfigurationError(f"refresh is {refresh!r}; it counts steps and must be an integer of at least 1.")
+        if batches_per_refresh != "all" and (not isinstance(batches_per_refresh, int) or batches_per_refresh < 1):
+            raise ConfigurationError(
+                f"target_batches is {batches_per_refresh!r}; allowed are integers of at least 1, or 'all'."
+            )
+        if not 0.0 <= ema < 1.0:
+            raise ConfigurationError(f"ema is {ema!r}; it must lie in [0, 1); 0 switches averaging off.")
+        self.batches = batches
+        self.loss_fn = model_loss if loss_fn is None else loss_fn
+        self.refresh = refresh
+        self.batches_per_refresh = batches_per_refresh
+        self.ema = ema
+        self._position = 0  # batches consumed since the run began
+        self._age = 0  # steps that used the present gradient
+        self._gradient: dict[str, Tensor] | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._iterator_at = 0
+
+    def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
+        """g for this step, parameter -> tensor of its shape and dtype; zero where the loss does not reach.
+
+        Raises:
+            TargetError: no batch, no scalar loss, or a loss that reaches none of the parameters.
+            NonFiniteError: g holds NaN or infinity.
+        """
+        stale = self._gradient is None or self._gradient.keys() != parameters.keys()
+        if stale or self._age >= self.refresh:
+            fresh = self._compute(model, parameters)
+            if self.ema and not stale:
+                assert self._gradient is not None
+                fresh = {name: self.ema * self._gradient[name] + (1 - self.ema) * g for name, g in fresh.items()}
+            self._gradient, self._age = fresh, 0
+        self._age += 1
+        assert self._gradient is not None
+        return {p: self._gradient[name] for name, p in parameters.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, age and the cached gradient (by parameter name): plain data."""
+        gradient = None if self._gradient is None else {k: v.clone() for k, v in self._gradient.items()}
+        return {"position": self._position, "age": self._age, "gradient": gradient}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._position, self._age = int(state["position"]), int(state["age"])
+        gradient = state["gradient"]
+        self._gradient = None if gradient is None else {k: v.clone() for k, v in gradient.items()}
+        self._iterator = None
+
+    def snapshot(self) -> tuple[int, int, dict[str, Tensor] | None]:
+        """What `restore` needs to undo a step; tensors are shared, as they are never changed in place."""
+        return self._position, self._age, self._gradient
+
+    def restore(self, snapshot: tuple[int, int, dict[str, Tensor] | None]) -> None:
+        """Undo to a snapshot."""
+        self._position, self._age, self._gradient = snapshot
+
+    def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        rows = 0.0
+        for batch in self._next_batches():
+            weight = float(_rows(batch))
+            for name, grad in zip(parameters, self._backward(model, batch, list(parameters.values())), strict=True):
+                if grad is not None:
+                    total[name] = grad * weight if name not in total else total[name].add_(grad, alpha=weight)
+            rows += weight
+        if not total:
+            raise TargetError(
+                "the target's loss does not depend on any parameter that is trained; a loss of the model's output is "
+                "needed; check loss_fn and which parameters require grad."
+            )
+        result = {}
+        for name, p in parameters.items():
+            result[name] = total[name].div_(rows) if name in total else torch.zeros_like(p)
+        if not all_finite(result.values()):
+            name = next(name for name, g in result.items() if not all_finite([g]))
+            raise NonFiniteError(
+                f"the target gradient of {name} holds NaN or infinity; no selection can be made from it; look for "
+                "empty labels or bad numbers in the target batches, or a diverged model."
+            )
+        return result
+
+    def _backward(self, model: nn.Module, batch: Any, parameters: list[Parameter]) -> Sequence[Tensor | None]:
+        with evaluating(model), torch.enable_grad():
+            loss = self.loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise TargetError(
+                    f"the target's loss function returned {_describe(loss)}; a scalar tensor with a gradient is "
+                    "needed; pass loss_fn(model, batch) that returns the mean loss, or batches with labels."
+                )
+            return torch.autograd.grad(loss.reshape(()), parameters, allow_unused=True)
+
+    def _next_batches(self) -> Iterator[Any]:
+        if self.batches_per_refresh == "all":
+            count = 0
+            for batch in self.batches:
+                count += 1
+                yield batch
+            if not count:
+                raise self._empty()
+            self._position += count
+            return
+        assert isinstance(self.batches_per_refresh, int)
+        for _ in range(self.batches_per_refresh):
+            yield self._next_batch()
+
+    def _next_batch(self) -> Any:
+        if isinstance(self.batches, Sequence):
+            batch = self.batches[self._position % len(self.batches)]
+        else:
+            batch = self._from_iterator()
+        self._position += 1
+        return batch
+
+    def _from_iterator(self) -> Any:
+        """The batch at the present position of an iterable that can only be walked."""
+        if self._iterator is None or self._iterator_at > self._position:
+            self._iterator, self._iterator_at = iter(self.batches), 0
+        while True:
+            begun_empty = True
+            for batch in self._iterator:
+                begun_empty = False
+                self._iterator_at += 1
+                if self._iterator_at == self._position + 1:
+                    return batch
+            again = iter(self.batches)
+            if again is self._iterator or (begun_empty and self._iterator_at == 0):
+                raise self._empty()
+            self._iterator = again
+
+    def _empty(self) -> TargetError:
+        return TargetError(
+            f"the target yields no more batches after {self._position}; it must be iterable again and again; pass a "
+            "list or a DataLoader, not an exhausted generator."
+        )
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """`model(**batch).loss`, the batch's tensors on the model's device."""
+    if not isinstance(batch, Mapping):
+        raise TargetError(
+            f"a target batch is a {type(batch).__name__}; without loss_fn it must be a mapping for model(**batch); "
+            "pass loss_fn(model, batch)."
+        )
+    device = next(model.parameters()).device
+    output = model(
+        **{key: tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, v) for key, v in batch.items()}
+    )
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise TargetError(
+            "model(**batch) has no loss for a target batch; give it labels, or pass loss_fn(model, batch)."
+        )
+    result: Tensor = loss
+    return result
+
+
+def _rows(batch: Any) -> int:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    return 1
+
+
+def _describe(loss: Any) -> str:
+    if isinstance(loss, Tensor):
+        return f"a tensor of shape {tuple(loss.shape)}{'' if loss.requires_grad else ' without gradient'}"
+    return f"a {type(loss).__name__}"
