@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw.errors import ConfigurationError, NonFiniteError
+from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.gradients.base import Contributions
 from ftw.optim_state.base import Preconditioner, Scalar, ScaleOperator, state_of, state_rows
 
@@ -141,7 +141,7 @@ def _pass(
     geometry: str,
 ) -> Measurement:
     n = contributions.count
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    groups = groups_of(optimizer, contributions)
     # One set of sums a device and one transfer at the end: a transfer a block would stall an accelerator's queue.
     sums: dict[torch.device, Measurement] = {}
     for p in contributions.parameters:
@@ -175,6 +175,28 @@ def _pass(
     return result
 
 
+def groups_of(optimizer: Optimizer, contributions: Contributions) -> dict[Parameter, Mapping[str, Any]]:
+    """Parameter -> its group. Where all learning rates are 0 (the first step of a linear warm-up), they read as 1.
+
+    Everything is linear in the learning rate, so that the weights are those of any small rate, and the moments of
+    the optimizer are fed as well as in any other step.
+    """
+    groups: dict[Parameter, Mapping[str, Any]] = {p: group for group in optimizer.param_groups for p in group["params"]}
+    if any(p not in groups for p in contributions.parameters):
+        raise RecordingError(
+            "the optimizer's parameter groups lost parameters between record() and apply(); a window must be applied "
+            "to the optimizer it was recorded for; discard() it first."
+        )
+    if is_idle(optimizer):
+        groups = {p: {**group, "lr": 1.0} for p, group in groups.items()}
+    return groups
+
+
+def is_idle(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are 0, so that the next step moves nothing."""
+    return all(float(group["lr"]) == 0.0 for group in optimizer.param_groups)
+
+
 def _add_block(into: Quadratic, memory: Tensor, root: ScaleOperator, g: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
     """Add a block's share to b, K and g'Mg; returns its `C'MC` (n, n) and `C' M^(1/2) pull` (n,).
 
@@ -194,6 +216,8 @@ def _add_block(into: Quadratic, memory: Tensor, root: ScaleOperator, g: Tensor, 
 
 def _divide(root: ScaleOperator, offset: Tensor) -> Tensor:
     """`M^(-1/2) o`; where M is 0 (a learning rate of 0) the offset is 0 as well, and so is the quotient."""
+    if isinstance(root, Scalar) and not root.value:
+        return torch.zeros_like(offset)
     return torch.where(offset == 0, 0.0, root.power(-1.0).apply(offset))
 
 

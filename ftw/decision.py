@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ftw.assembly import OBJECTIVES, Measurement
-from ftw.errors import ConfigurationError
+from ftw.errors import ConfigurationError, FilterError, SolverError
 from ftw.filters.base import Filter
 from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.solvers.base import WeightSolver
@@ -80,7 +81,7 @@ class Policy:
             mass=mass,
             generator=generator,
         )
-        chosen = self.filter(problem)
+        chosen = _check_indices(self.filter(problem), problem, self.filter)
         weights = torch.zeros(n, dtype=torch.float64)
         solution = self._weigh(problem, chosen) if len(chosen) else None
         if solution is not None:
@@ -117,7 +118,33 @@ class Policy:
         allowed = self.constraints
         if not isinstance(allowed, ConstraintSet):
             allowed = allowed(problem.mass[chosen], problem.size)
-        return self.solver.solve(gram, problem.alignment[chosen], allowed)
+        solution = self.solver.solve(gram, problem.alignment[chosen], allowed)
+        if solution.weights.shape != (m,) or not bool(torch.isfinite(solution.weights).all()):
+            raise SolverError(
+                f"{type(self.solver).__name__} returned weights of shape {tuple(solution.weights.shape)}, finite or "
+                f"not, for {m} candidates, with status {solution.status}; ({m},) finite numbers are needed; "
+                "report it to the solver's author, or use 'pgd'."
+            )
+        return solution
+
+    def overflow(self, n: int, geometry: str) -> Selection:
+        """The selection of a step whose contributions overflow under a GradScaler: all weights 1.
+
+        The combination then holds what overflowed, and the scaler sees it.
+        """
+        weights = torch.ones(n, dtype=torch.float64)
+        nothing = float("nan")
+        names = (
+            "first_order",
+            "curvature",
+            "offset_drop",
+            "relative_residual",
+            "effective_sample_size",
+            "kkt_residual",
+        )
+        diagnostics: dict[str, Any] = {"candidates": n, "geometry": geometry, **dict.fromkeys(names, nothing)}
+        diagnostics |= {"iterations": 0, "quarantined": [], "alignment": weights * nothing, "mass": weights * nothing}
+        return Selection(torch.arange(n), weights, nothing, Status.OVERFLOW, diagnostics)
 
     def _report(
         self,
@@ -157,14 +184,34 @@ class Policy:
         )
 
 
+def _check_indices(chosen: Tensor, problem: SelectionProblem, filter: Filter) -> Tensor:
+    k = problem.budget if filter.honours_budget else problem.size
+    fits = isinstance(chosen, Tensor) and chosen.dtype == torch.long and chosen.dim() == 1
+    if (
+        not fits
+        or len(chosen) > k
+        or len(chosen.unique()) < len(chosen)
+        or bool(((chosen < 0) | (chosen >= problem.size)).any())
+    ):
+        raise FilterError(
+            f"{type(filter).__name__} returned {chosen!r} for {problem.size} candidates and a budget of "
+            f"{problem.budget}; at most {k} distinct indices below {problem.size} are needed, as a "
+            f"LongTensor; report it to the filter's author."
+        )
+    return chosen
+
+
 def _budget(budget: float, n: int) -> int:
-    return budget if isinstance(budget, int) else max(1, int(budget * n + 0.5))
+    return int(budget) if isinstance(budget, Integral) else max(1, int(budget * n + 0.5))
 
 
 def _check_budget(budget: Any) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
-        raise ConfigurationError(f"budget is {budget!r}; allowed are an int of at least 1 or a float in (0, 1].")
-    if isinstance(budget, float) and budget > 1:
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not float(budget) > 0:
+        raise ConfigurationError(
+            f"budget is {budget!r}; allowed are an int of at least 1 or a float in (0, 1]; a quarter of the "
+            "pool is 0.25."
+        )
+    if not isinstance(budget, Integral) and float(budget) > 1:
         raise ConfigurationError(
             f"budget is {budget!r}; a float is a fraction of the pool and lies in (0, 1]; pass an int for a count."
         )
@@ -173,10 +220,14 @@ def _check_budget(budget: Any) -> None:
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise `ConfigurationError` unless the value is one of the allowed."""
     if value not in allowed:
-        raise ConfigurationError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+        raise ConfigurationError(
+            f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}; choose one of them."
+        )
 
 
 def at_least(name: str, value: Any, least: float) -> None:
     """Raise `ConfigurationError` unless the value is a number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ConfigurationError(f"{name} is {value!r}; a number of at least {least} is needed.")
+        raise ConfigurationError(
+            f"{name} is {value!r}; a number of at least {least} is needed; set it so or leave it out."
+        )

@@ -61,6 +61,10 @@ class TargetError(FtwError, ValueError):
     """The target yields no batch, no loss, or a loss that does not depend on the model."""
 
 
+class FilterError(FtwError, RuntimeError):
+    """A filter returned something else than distinct indices within the budget."""
+
+
 class SolverError(FtwError, RuntimeError):
     """A weight solver did not return a usable solution; the message is its status sentence."""
 

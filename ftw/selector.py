@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw import registry
-from ftw.assembly import GEOMETRIES, Measurement, measure
+from ftw.assembly import GEOMETRIES, Measurement, groups_of, is_idle, measure
 from ftw.decision import ConstraintMaker, Policy, at_least, one_of
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.filters.base import Filter
@@ -50,7 +51,8 @@ class Selector:
         filter, solver: a name (`ftw list` shows them), a class or an instance.
         constraints: set of weights that the solver minimises over, or a `ConstraintMaker`; default
             `CappedCone(cap)`. Whatever the set, see `total`.
-        cap: largest weight as a multiple of the chosen candidates' mean weight.
+        cap: largest weight as a multiple of the chosen candidates' mean weight, 4 by default; goes with the default
+            constraints only.
         ridge: added to K's diagonal on the chosen candidates, relative to its mean there.
         geometry: "curvature" (M), "update" (M^2) or "vanilla" (learning rate only).
         objective: "match" (make the update that the target gradient would make) or "utility" (second-order fall of
@@ -62,7 +64,7 @@ class Selector:
             their history (see `docs/optimizer-state.md` for the measurement behind the default).
         refresh, target_batches, ema: see `Target`.
         nothing_useful: what `apply()` leaves when no candidate helps: "zero" gradients (momentum and decay still act),
-            or "skip": `p.grad = None`, so that the optimizer's step does nothing.
+            or "skip": `p.grad = None`, a kept residual included, so that the optimizer's step does nothing.
         residual: gradient that no candidate owns: "error", or "keep" to add it unweighted.
         lean: form no pool gradient in the backward. False leaves the trainer's `p.grad` in place until `apply()`.
         check: audit identity and completeness in the first record.
@@ -86,7 +88,7 @@ class Selector:
         filter: str | type[Filter] | Filter = "greedy",
         solver: str | type[WeightSolver] | WeightSolver = "pgd",
         constraints: ConstraintSet | ConstraintMaker | None = None,
-        cap: float = 4.0,
+        cap: float | None = None,
         ridge: float = 1e-3,
         geometry: str = "curvature",
         objective: str = "match",
@@ -110,6 +112,11 @@ class Selector:
                 "objective='utility' with geometry='update' has no meaning: utility is in nats, the update geometry "
                 "is not; choose geometry='curvature' or 'vanilla', or objective='match'."
             )
+        if constraints is not None and cap is not None:
+            raise ConfigurationError(
+                f"cap={cap} is given together with constraints={constraints!r}, which have their own bounds; give "
+                "one of the two."
+            )
         if isinstance(target, Target):
             if (loss_fn, refresh, target_batches, ema) != (None, 1, 1, 0.0):
                 raise ConfigurationError(
@@ -124,7 +131,7 @@ class Selector:
         self.policy = Policy(
             filter=registry.resolve("filters", filter),
             solver=registry.resolve("solvers", solver),
-            constraints=CappedCone(cap) if constraints is None else constraints,
+            constraints=CappedCone(4.0 if cap is None else cap) if constraints is None else constraints,
             budget=budget,
             ridge=ridge,
             objective=objective,
@@ -134,6 +141,7 @@ class Selector:
         self.geometry = geometry
         self.warmup = warmup
         self.nothing_useful = nothing_useful
+        self._generator = torch.Generator().manual_seed(seed)
         extractor: GradientExtractor = registry.resolve("gradients", gradients)
         self.preconditioner: Preconditioner = (
             preconditioner_for(optimizer)
@@ -143,19 +151,19 @@ class Selector:
         self.preconditioner.check(optimizer)
         self._recorder = Recorder(
             model,
-            [p for group in optimizer.param_groups for p in group["params"]],
+            lambda: [p for group in optimizer.param_groups for p in group["params"]],
             extractor,
             lean=lean,
             residual=residual,
             check=check,
         )
-        self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         self._masses: list[Tensor] = []
         self._loss_scale = 1.0
         self._scaled = False
         self._equal_mass = True
         self._decided: tuple[Selection, Contributions] | None = None
+        self._before: tuple[int, Tensor, Any] = (0, self._generator.get_state(), self.target.snapshot())
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -191,7 +199,9 @@ class Selector:
                     "mass was given for some micro-batches of the window and not for others; their scales cannot be "
                     "compared; pass it for all or for none."
                 )
-            self._masses.append(_mass(mass, self._recorder.count - before))
+            masses = _mass(mass, self._recorder.count - before)
+        # Only now: the recorder checks the block on its way out, and may still drop it.
+        self._masses.append(masses)
         self._loss_scale, self._scaled, self._equal_mass = scale, scaled, mass is None
 
     def select(self) -> Selection:
@@ -214,7 +224,12 @@ class Selector:
             As `select()`; `p.grad` is then as it was.
         """
         selection, contributions = self._decide() if self._decided is None else self._decided
-        self._write(selection, contributions)
+        try:
+            self._write(selection, contributions)
+        except BaseException:
+            self._restore(self._before)
+            self._decided = None
+            raise
         self._clear()
         return selection
 
@@ -254,20 +269,26 @@ class Selector:
                 f"the selector's state has version {state.get('version')!r}; this release reads {STATE_VERSION}; "
                 "resume with the release that saved it."
             )
-        self._clear()
-        self._step = int(state["step"])
-        self._generator.set_state(state["generator"])
+        step, generator = int(state["step"]), torch.Generator()
+        generator.set_state(state["generator"].cpu())  # what cannot be read raises before anything is changed
         self.target.load_state_dict(state["target"])
+        self._clear()
+        self._step, self._generator = step, generator
 
     # -- deciding --------------------------------------------------------------------------------------------------
 
     def _decide(self) -> tuple[Selection, Contributions]:
+        if self._recorder.active:
+            raise RecordingError(
+                "apply() or select() was called inside record(), where the backward may still be under way; leave the "
+                "block first."
+            )
         if not self._recorder.count:
             raise RecordingError(
                 "nothing was recorded since the last step; run forward and backward inside `with selector.record():` "
                 "before apply() or select()."
             )
-        before = self._step, self._generator.get_state(), self.target.snapshot()
+        self._before = self._step, self._generator.get_state(), self.target.snapshot()
         try:
             contributions = self._recorder.contributions()
             measurement: Measurement | None
@@ -275,22 +296,28 @@ class Selector:
                 measurement, geometry = self._measure(contributions)
             except NonFiniteError:
                 # Under a GradScaler overflow is routine: the scaler must see it, skip the step and back off.
-                if not (self._scaled and contributions.nonfinite_candidates()):
+                if not (self._scaled and self._overflows(contributions)):
                     raise
-                measurement = None
+                measurement, geometry = None, self.geometry
             if measurement is None or (self._scaled and measurement.excluded):
-                self._restore(before)
-                selection = _overflow(contributions.count)
+                self._restore(self._before)
+                selection = self.policy.overflow(contributions.count, geometry)
             else:
                 contributions = contributions.without(measurement.excluded)
                 selection = self.policy.decide(measurement, geometry, torch.cat(self._masses), self._generator)
                 self._step += 1
                 selection.diagnostics["step"] = self._step
+                if is_idle(self.optimizer):
+                    selection.diagnostics.update(first_order=0.0, curvature=0.0, offset_drop=0.0)
+                    selection = replace(selection, predicted_drop=0.0)
         except BaseException:
-            self._restore(before)
+            self._restore(self._before)
             raise
         self._decided = selection, contributions
         return self._decided
+
+    def _overflows(self, contributions: Contributions) -> bool:
+        return bool(contributions.nonfinite_candidates()) or not all_finite(self._recorder.residual.values())
 
     def _restore(self, before: tuple[int, Tensor, Any]) -> None:
         self._step = before[0]
@@ -298,16 +325,18 @@ class Selector:
         self.target.restore(before[2])
 
     def _measure(self, contributions: Contributions) -> tuple[Measurement, str]:
-        recorded = set(contributions.parameters)
+        # g of everything that can be recorded, whatever this window used: its schedule must not depend on that.
+        recorded = self._recorder.parameters
         names = {name: p for name, p in self.model.named_parameters() if p in recorded}
-        target = self.target.gradient(self.model, names)
-        geometry = "vanilla" if self._is_cold(contributions.parameters) else self.geometry
+        with self._recorder.autocast():
+            target = self.target.gradient(self.model, names)
+        geometry = "vanilla" if self._is_cold(contributions) else self.geometry
         residual = self._recorder.residual
         return measure(contributions, self.optimizer, self.preconditioner, target, residual, geometry), geometry
 
-    def _is_cold(self, parameters: list[Parameter]) -> bool:
-        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in parameters]
+    def _is_cold(self, contributions: Contributions) -> bool:
+        groups = groups_of(self.optimizer, contributions)
+        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in contributions.parameters]
         return any(age is not None and age < self.warmup for age in ages)
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -338,19 +367,14 @@ class Selector:
         self._decided = None
 
 
-def _overflow(n: int) -> Selection:
-    # All weights 1: the combination then holds what overflowed, and the scaler sees it.
-    weights = torch.ones(n, dtype=torch.float64)
-    return Selection(torch.arange(n), weights, float("nan"), Status.OVERFLOW)
-
-
 def _mass(mass: Any, rows: int) -> Tensor:
     if mass is None:
         return torch.ones(rows, dtype=torch.float64)
-    values = torch.as_tensor(mass, dtype=torch.float64, device="cpu").detach().flatten()
-    if values.numel() != rows or not bool((torch.isfinite(values) & (values > 0)).all()):
+    given = mass if isinstance(mass, Tensor) else list(mass)
+    values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+    if values.shape != (rows,) or not bool((torch.isfinite(values) & (values > 0)).all()):
         raise ConfigurationError(
-            f"mass has {values.numel()} entries for {rows} recorded candidates (smallest "
+            f"mass has shape {tuple(values.shape)} for {rows} recorded candidates (smallest "
             f"{float(values.min()) if values.numel() else None}); one positive finite number per candidate is needed; "
             "leave candidates without label tokens out of the batch."
         )

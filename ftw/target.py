@@ -5,7 +5,7 @@ Called by the selector once a step, outside the trainer's forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ class Target:
         batches_per_refresh: how many batches make one gradient, weighted by their rows; "all": the whole iterable.
         ema: weight of the previous gradient, `g = ema * g_previous + (1 - ema) * g_new`; 0: none.
 
-    The model is in eval mode while g is computed (no dropout, no random numbers drawn) and its modes are put
-    back; `p.grad` is not touched.
+    The model is in eval mode while g is computed (no dropout); its modes, `p.grad` and the state of torch's random
+    generators are then as they were.
     """
 
     def __init__(
@@ -52,11 +52,13 @@ class Target:
             )
         if isinstance(batches, Sequence) and not len(batches):
             raise TargetError("the target has no batch; at least one is needed; pass samples of what you train for.")
-        if not isinstance(refresh, int) or refresh < 1:
-            raise ConfigurationError(f"refresh is {refresh!r}; it counts steps and must be an integer of at least 1.")
+        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+            raise ConfigurationError(
+                f"refresh is {refresh!r}; it counts steps and must be an integer of at least 1; 1 is every step."
+            )
         if batches_per_refresh != "all" and (not isinstance(batches_per_refresh, int) or batches_per_refresh < 1):
             raise ConfigurationError(
-                f"target_batches is {batches_per_refresh!r}; allowed are integers of at least 1, or 'all'."
+                f"target_batches is {batches_per_refresh!r}; allowed are integers of at least 1, or 'all'; try 1."
             )
         if not 0.0 <= ema < 1.0:
             raise ConfigurationError(f"ema is {ema!r}; it must lie in [0, 1); 0 switches averaging off.")
@@ -70,6 +72,7 @@ class Target:
         self._gradient: dict[str, Tensor] | None = None
         self._iterator: Iterator[Any] | None = None
         self._iterator_at = 0
+        self._replay: dict[int, Any] = {}  # position -> batch, those walked over since the last snapshot
 
     def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
         """g for this step, parameter -> tensor of its shape and dtype; zero where the loss does not reach.
@@ -87,7 +90,7 @@ class Target:
             self._gradient, self._age = fresh, 0
         self._age += 1
         assert self._gradient is not None
-        return {p: self._gradient[name] for name, p in parameters.items()}
+        return {p: self._gradient[name].to(p.device) for name, p in parameters.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Position, age and the cached gradient (by parameter name): plain data."""
@@ -100,13 +103,15 @@ class Target:
         gradient = state["gradient"]
         self._gradient = None if gradient is None else {k: v.clone() for k, v in gradient.items()}
         self._iterator = None
+        self._replay.clear()
 
     def snapshot(self) -> tuple[int, int, dict[str, Tensor] | None]:
         """What `restore` needs to undo a step; tensors are shared, as they are never changed in place."""
+        self._replay = {at: batch for at, batch in self._replay.items() if at >= self._position}
         return self._position, self._age, self._gradient
 
     def restore(self, snapshot: tuple[int, int, dict[str, Tensor] | None]) -> None:
-        """Undo to a snapshot."""
+        """Undo to the last snapshot; batches delivered since will be delivered again."""
         self._position, self._age, self._gradient = snapshot
 
     def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
@@ -135,14 +140,25 @@ class Target:
         return result
 
     def _backward(self, model: nn.Module, batch: Any, parameters: list[Parameter]) -> Sequence[Tensor | None]:
-        with evaluating(model), torch.enable_grad():
-            loss = self.loss_fn(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                raise TargetError(
-                    f"the target's loss function returned {_describe(loss)}; a scalar tensor with a gradient is "
-                    "needed; pass loss_fn(model, batch) that returns the mean loss, or batches with labels."
-                )
-            return torch.autograd.grad(loss.reshape(()), parameters, allow_unused=True)
+        # A plain backward, with p.grad out of the way: autograd.grad passes by what checkpointing recomputes.
+        everything = {*model.parameters(), *parameters}
+        parked = {p: p.grad for p in everything}
+        devices = {p.device for p in parameters if p.device.type == "cuda"}
+        try:
+            for p in everything:
+                p.grad = None
+            with evaluating(model), torch.random.fork_rng(devices), torch.enable_grad():
+                loss = self.loss_fn(model, batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                    raise TargetError(
+                        f"the target's loss function returned {_describe(loss)}; a scalar tensor with a gradient is "
+                        "needed; pass loss_fn(model, batch) that returns the mean loss, or batches with labels."
+                    )
+                loss.reshape(()).backward()
+            return [p.grad for p in parameters]
+        finally:
+            for p, grad in parked.items():
+                p.grad = grad
 
     def _next_batches(self) -> Iterator[Any]:
         if self.batches_per_refresh == "all":
@@ -168,19 +184,26 @@ class Target:
 
     def _from_iterator(self) -> Any:
         """The batch at the present position of an iterable that can only be walked."""
-        if self._iterator is None or self._iterator_at > self._position:
-            self._iterator, self._iterator_at = iter(self.batches), 0
-        while True:
-            begun_empty = True
-            for batch in self._iterator:
-                begun_empty = False
+        if self._position not in self._replay:
+            if self._iterator is None:
+                self._iterator, self._iterator_at = iter(self.batches), 0
+                if isinstance(self.batches, Sized) and len(self.batches):  # resuming: whole rounds need no walk
+                    self._iterator_at = self._position - self._position % len(self.batches)
+            while self._iterator_at <= self._position:
+                self._replay[self._iterator_at] = self._walk()
                 self._iterator_at += 1
-                if self._iterator_at == self._position + 1:
-                    return batch
-            again = iter(self.batches)
-            if again is self._iterator or (begun_empty and self._iterator_at == 0):
-                raise self._empty()
+        return self._replay[self._position]
+
+    def _walk(self) -> Any:
+        assert self._iterator is not None
+        for batch in self._iterator:
+            return batch
+        again = iter(self.batches)
+        if again is not self._iterator:
             self._iterator = again
+            for batch in again:
+                return batch
+        raise self._empty()
 
     def _empty(self) -> TargetError:
         return TargetError(

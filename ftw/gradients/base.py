@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ftw.errors import ConfigurationError
 from ftw.gradients.pieces import Piece, Rows
 from ftw.optim_state.base import ScaleOperator
 
@@ -176,6 +177,10 @@ class Contributions:
         Args:
             weights: (n,); None: all 1. Candidates of weight 0 and quarantined ones are not read.
         """
+        if weights is not None and weights.shape != (self.count,):
+            raise ConfigurationError(
+                f"weights have shape {tuple(weights.shape)}; ({self.count},) is needed, one per candidate; 0 drops one."
+            )
         if self.excluded:
             weights = torch.ones(self.count, dtype=torch.float64) if weights is None else weights.clone()
             weights[list(self.excluded)] = 0.0

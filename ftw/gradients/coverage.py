@@ -21,6 +21,11 @@ class TappedLayer:
     rule: LayerRule
     parameters: Mapping[str, Parameter]
 
+    def put_back(self) -> None:
+        """Give the layer its own parameters again, after a forward with detached ones."""
+        for name, p in self.parameters.items():
+            self.module._parameters[name] = p
+
 
 def find_layers(model: nn.Module, wanted: list[Parameter] | None) -> list[TappedLayer]:
     """The layers to tap so that every wanted parameter that requires grad is recorded.

@@ -49,7 +49,7 @@ class LinearRule(LayerRule):
     """`y = x W' + b`. Subclasses with a forward of their own are not handled."""
 
     def handles(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and _plain(module)
 
     def piece(self, call: Call, name: str, parameter: Parameter) -> Piece:
         if name == "bias":
@@ -68,6 +68,7 @@ class EmbeddingRule(LayerRule):
             and module.max_norm is None
             and not module.scale_grad_by_freq
             and not module.sparse
+            and _plain(module)
         )
 
     def piece(self, call: Call, name: str, parameter: Parameter) -> Piece:
@@ -84,7 +85,7 @@ class LayerNormRule(LayerRule):
     """`y = normalise(x) * w + b` over the trailing dimensions."""
 
     def handles(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+        return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward and _plain(module)
 
     def piece(self, call: Call, name: str, parameter: Parameter) -> Piece:
         if name == "bias":
@@ -109,9 +110,9 @@ class RMSNormRule(LayerRule):
     def piece(self, call: Call, name: str, parameter: Parameter) -> Piece:
         slope = self._evaluate(call, torch.ones_like(parameter), call.inputs)
         if type(call.module) is not nn.RMSNorm:
-            # A row is enough to tell `w * x` from `(1 + w) * x`.
+            # A row, not one of the inputs, which may be zero, tells `w * x` from `(1 + w) * x`.
             nothing = torch.zeros_like(parameter)
-            if bool(self._evaluate(call, nothing, call.inputs[:1]).count_nonzero()):
+            if bool(self._evaluate(call, nothing, torch.ones_like(call.inputs[:1])).count_nonzero()):
                 slope = slope - self._evaluate(call, nothing, call.inputs)
         return _summed(call.grads.to(_accumulate(parameter)) * slope, call, parameter)
 
@@ -134,6 +135,11 @@ RULES: tuple[LayerRule, ...] = (LinearRule(), EmbeddingRule(), LayerNormRule(), 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule that handles the module, or None."""
     return next((rule for rule in RULES if rule.handles(module)), None)
+
+
+def _plain(module: nn.Module) -> bool:
+    # A reparametrised layer (weight norm) computes its weight from others.
+    return set(module._parameters) <= {"weight", "bias"}
 
 
 def _tokens(tensor: Tensor) -> Tensor:  # (count, ..., d) -> (count, T, d)

@@ -6,7 +6,8 @@ The hooks stay until `close()` and do nothing outside `record()`. DESIGN, sectio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ftw.errors import CandidateLayoutError, ConfigurationError, RecordingError
 from ftw.gradients import audit
@@ -26,6 +28,9 @@ from ftw.gradients.pieces import Piece
 from ftw.gradients.tap import Tap
 
 RESIDUALS = ("error", "keep")
+
+_ATTEMPTS = 5
+"""Audits of identity that may end without proof before the recorder gives up, with a warning."""
 
 
 @dataclass
@@ -43,8 +48,8 @@ class Recorder:
 
     Args:
         model: the module whose call is a forward. Its inputs' leading dimension is the candidates'.
-        parameters: those to record; every one must belong to layers that have a rule. Default: all that require
-            grad. Parameters that are frozen later on, or thawed, are noticed at the next `record()`.
+        parameters: gives those to record; every one must belong to layers that have a rule. Default: all that require
+            grad. Asked at each `record()`, so that parameters frozen, thawed, added or removed are noticed.
         extractor: in what form contributions are kept.
         lean: run tapped layers with detached parameters, so that autograd forms no pool gradient of them
             and `p.grad` stays as it was. False leaves the trainer's gradient in `p.grad`.
@@ -58,7 +63,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        parameters: list[Parameter] | None = None,
+        parameters: Callable[[], list[Parameter]] | None = None,
         extractor: GradientExtractor | None = None,
         *,
         lean: bool = True,
@@ -66,13 +71,18 @@ class Recorder:
         check: bool = True,
     ) -> None:
         if residual not in RESIDUALS:
-            raise ConfigurationError(f"residual is {residual!r}; allowed are {RESIDUALS}; 'error' is the default.")
+            raise ConfigurationError(
+                f"residual is {residual!r}; allowed are {RESIDUALS}; choose one, 'error' is the default."
+            )
         self.model = model
         self.extractor = Auto() if extractor is None else extractor
         self.lean = lean
         self.residual_policy = residual
-        self._wanted = None if parameters is None else list(parameters)
-        self._audit_due = check
+        self._wanted = parameters
+        self._check = check
+        self._completeness_due = check
+        self._identity_due = check
+        self._inconclusive = 0
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
@@ -80,6 +90,7 @@ class Recorder:
         self._auditing = False
         self._inside: Forward | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._autocast: tuple[str, torch.dtype, bool] | None = None
         self._scale = 1.0
         self._precision = 0.0
         self._clear()
@@ -107,14 +118,14 @@ class Recorder:
         self._scale = 1.0 / loss_scale
         mark = self.count, len(self._forwards), {p: len(kept) for p, kept in self._pieces.items()}
         parked = self._park_gradients()
-        self._active, self._auditing = True, self._audit_due
+        self._refuse_mixing()
+        self._active, self._auditing = True, self._completeness_due
         try:
             yield
             self._active = False
             self._check_forwards(mark[1])
-            if self._auditing and self._call is not None:
-                args, kwargs = self._call
-                audit.check_identity(self.model, self._layers, args, kwargs, self._forwards[mark[1]].count)
+            if self._identity_due:
+                self._audit_identity(self._forwards[mark[1]].count)
             self._settle(mark[2], parked)
         except BaseException:
             self._rewind(*mark)
@@ -123,10 +134,32 @@ class Recorder:
             raise
         finally:
             self._active, self._inside, self._call = False, None, None
+            # The layers' own hooks do it too, but not after an interrupt.
+            self._put_parameters_back()
 
     def contributions(self) -> Contributions:
         """The contributions of the window so far."""
         return self.extractor.contributions(self._pieces, self.count)
+
+    @property
+    def active(self) -> bool:
+        """Whether a block of `record()` is open."""
+        return self._active
+
+    @property
+    def parameters(self) -> set[Parameter]:
+        """The parameters that are recorded."""
+        return {p for layer in self._layers for p in layer.parameters.values()}
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The autocast state that the last recorded forward ran in."""
+        if self._autocast is None:
+            yield
+            return
+        device, dtype, enabled = self._autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            yield
 
     def clear(self) -> None:
         """Forget the window and release its memory."""
@@ -147,6 +180,41 @@ class Recorder:
         self._pieces: dict[Parameter, list[Piece]] = {}
         self._forwards: list[Forward] = []
 
+    def _put_parameters_back(self) -> None:
+        for layer in self._layers:
+            layer.put_back()
+
+    def _refuse_mixing(self) -> None:
+        """What lets candidates mix, or changes a gradient on its way, where no audit would see it."""
+        for name, module in self.model.named_modules():
+            if self._identity_due and isinstance(module, _BatchNorm) and module.training:
+                raise CandidateLayoutError(
+                    f"{name} ({type(module).__name__}) is in training mode and mixes the candidates of a batch; each "
+                    "candidate must be computed by itself; put that module into eval mode, or use another norm."
+                )
+        for layer in self._layers:
+            for key, p in layer.parameters.items():
+                if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                    raise RecordingError(
+                        f"{layer.name}.{key} has gradient hooks, which the weighted gradient would bypass; change "
+                        "p.grad after apply() instead, and remove the hooks."
+                    )
+
+    def _audit_identity(self, rows: int) -> None:
+        if self._call is None or rows < 2:
+            return  # a single candidate cannot be mixed up; look again when there are more
+        with self.autocast():
+            proved = audit.check_identity(self.model, self._layers, *self._call, rows)
+        self._identity_due = not proved
+        self._inconclusive += not proved
+        if self._inconclusive == _ATTEMPTS:
+            self._identity_due = False
+            warnings.warn(
+                f"{_ATTEMPTS} batches in a row could not show that row i of every layer is candidate i (constant or "
+                "duplicate rows); the check is given up; make sure that the model keeps the batch's rows apart.",
+                stacklevel=5,
+            )
+
     def _rewind(self, count: int, forwards: int, kept: dict[Parameter, int]) -> None:
         self.count = count
         del self._forwards[forwards:]
@@ -159,8 +227,8 @@ class Recorder:
 
     def _park_gradients(self) -> dict[Parameter, Tensor | None]:
         """Take p.grad out of the way, so that what is there after the block was made in the block."""
-        recorded = {p for layer in self._layers for p in layer.parameters.values()}
-        if not self._forwards and self.lean:
+        recorded = self.parameters
+        if not self._forwards:
             names = {p: name for name, p in self.model.named_parameters()}
             stale = [p for p in recorded if p.grad is not None and bool(p.grad.count_nonzero())]
             if stale and self.residual_policy == "error":
@@ -181,11 +249,10 @@ class Recorder:
         """Compare what autograd formed with what was recorded; put p.grad back."""
         new = {p: pieces[kept.get(p, 0) :] for p, pieces in self._pieces.items()}
         formed = {p: p.grad * self._scale for p in parked if p.grad is not None}
-        plain = self._auditing or not self.lean
-        if self._auditing:
-            left = audit.leftover(new, formed, self.count, self._precision)
-        else:
-            left = {} if plain else formed
+        if self._auditing or not self.lean:
+            left = audit.leftover(new, formed, self._precision)
+        else:  # autograd formed nothing for recorded calls; zeros are a term that vanishes
+            left = {p: grad for p, grad in formed.items() if bool(grad.count_nonzero())}
         if left:
             names = {p: name for name, p in self.model.named_parameters()}
             if self.residual_policy == "error":
@@ -199,7 +266,7 @@ class Recorder:
                 p.grad = before if p.grad is None else before + p.grad
         # An audit that saw nothing but faulty numbers has proved nothing: the next block is audited again.
         if self._auditing and all(bool(torch.isfinite(grad).all()) for grad in formed.values()):
-            self._audit_due = False
+            self._completeness_due = False
 
     # -- forwards --------------------------------------------------------------------------------------------------
 
@@ -207,6 +274,9 @@ class Recorder:
         if not self._active or not torch.is_grad_enabled() or self._inside is not None:
             return
         rows = audit.rows_of(args, kwargs)
+        device = self._anchor_device.type
+        enabled = torch.is_autocast_enabled(device)
+        self._autocast = (device, torch.get_autocast_dtype(device), enabled) if enabled else None
         audit.refuse_packed(kwargs)
         waiting = any(not forward.reached for forward in self._forwards)
         if waiting:
@@ -215,7 +285,7 @@ class Recorder:
         self._inside = Forward(self.count, rows, recomputable=not waiting)
         self._forwards.append(self._inside)
         self.count += rows
-        if self._auditing and self._call is None:
+        if self._identity_due and self._call is None:
             self._call = args, kwargs
 
     def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -241,7 +311,8 @@ class Recorder:
             return self._inside
         # Outside the model's forward a tapped layer runs only when activation checkpointing recomputes it.
         last = self._forwards[-1] if self._forwards else None
-        if last is None:
+        recomputing = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
+        if last is None or not recomputing:
             raise RecordingError(
                 f"layer {layer.name} ran inside record() but outside a forward of the model; candidates are counted "
                 "by the model's own call; call model(...) instead of its parts."
@@ -257,8 +328,8 @@ class Recorder:
 
     def _refresh_layers(self) -> None:
         """Attach anew if parameters were frozen or thawed since."""
-        now = {p for layer in self._layers for p in layer.parameters.values()}
-        wanted = self.model.parameters() if self._wanted is None else self._wanted
+        now = self.parameters
+        wanted = self.model.parameters() if self._wanted is None else self._wanted()
         if not self._handles:
             raise RecordingError("the recorder is closed; make a new one.")
         if now != {p for p in wanted if p.requires_grad}:
@@ -271,9 +342,11 @@ class Recorder:
     def _attach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._layers = find_layers(self.model, self._wanted)
+        self._layers = find_layers(self.model, None if self._wanted is None else self._wanted())
+        self._completeness_due = self._identity_due = self._check
         names = dict(self.model.named_parameters())
-        recorded = {p for layer in self._layers for p in layer.parameters.values()}
+        recorded = self.parameters
+        self._anchor_device = next(iter(recorded)).device
         self.extractor.check(self.model, {name: p for name, p in names.items() if p in recorded})
         self._handles = [
             self.model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True, prepend=True),
@@ -297,8 +370,7 @@ class Recorder:
     def _after_layer(self, layer: TappedLayer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._active or not torch.is_grad_enabled():
             return None
-        for name, p in layer.parameters.items():
-            module._parameters[name] = p
+        layer.put_back()
         if output is None:  # the layer raised; the hook only had to put its parameters back
             return None
         inputs = args[0] if args else next(iter(kwargs.values()))

@@ -71,14 +71,14 @@ def test_a_backward_that_raises_leaves_everything_as_it_was() -> None:
         loss_of(model, x).backward()
     before = recorder.contributions().combine()
 
-    def explode(grad: Tensor) -> None:
+    def explode(grads: object) -> None:
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"), recorder.record():
-        hidden = model.first(x)
-        hidden.register_hook(explode)
         model(x).sum().backward()
-        (model(x) + model.last(hidden)).sum().backward()
+        output = model(x)
+        output.grad_fn.next_functions[0][0].register_prehook(explode)  # type: ignore[union-attr]
+        output.sum().backward()
     assert recorder.contributions().count == 4
     for p, value in recorder.contributions().combine().items():
         assert torch.equal(value, before[p])
@@ -295,7 +295,7 @@ def test_uncovered_parameters_are_named_with_ways_out() -> None:
     with pytest.raises(CoverageError, match="no trainable parameter"):
         Recorder(model)
     with pytest.raises(CoverageError, match="not parameters of the model"):
-        Recorder(MLP(), [nn.Parameter(torch.zeros(2))])
+        Recorder(MLP(), lambda: [nn.Parameter(torch.zeros(2))])
 
 
 def test_multi_head_attention_is_refused() -> None:
@@ -357,10 +357,179 @@ def test_checkpointing_with_several_waiting_forwards_is_refused() -> None:
     model = tiny_llama()
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     recorder = Recorder(model)
-    with pytest.raises(RecordingError, match="recomputed"), recorder.record():
-        (token_mean(model, batch_of(2)) + token_mean(model, batch_of(3))).backward()
+    for check in (True, False):  # with equal sizes nothing else would notice
+        recorder = Recorder(model, check=check)
+        with pytest.raises(RecordingError, match="recomputed"), recorder.record():
+            (token_mean(model, batch_of(2)) + token_mean(model, batch_of(2, seed=1))).backward()
+        recorder.close()
 
 
 def test_bad_residual_policy() -> None:
     with pytest.raises(ConfigurationError, match="residual"):
         Recorder(MLP(), residual="drop")
+
+
+def test_an_interrupt_leaves_no_detached_parameters() -> None:
+    model = MLP()
+    recorder = Recorder(model, check=False)
+
+    def interrupt(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    model.first.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), recorder.record():
+        model(data())
+    assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values())
+
+
+@pytest.mark.parametrize("first", [data(1), torch.ones(4, 6, dtype=torch.float64)], ids=["one row", "constant rows"])
+def test_identity_is_audited_until_it_is_proved(first: Tensor) -> None:
+    model = Mixed()
+    recorder = Recorder(model)
+    with recorder.record():
+        loss_of(model, first).backward()
+    recorder.clear()
+    with pytest.raises(CandidateLayoutError), recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_identity_that_cannot_be_proved_ends_with_a_warning() -> None:
+    model = MLP()
+    recorder = Recorder(model)
+    for _ in range(4):
+        with recorder.record():
+            loss_of(model, torch.ones(3, 6, dtype=torch.float64)).backward()
+    with pytest.warns(UserWarning, match="given up"), recorder.record():
+        loss_of(model, torch.ones(3, 6, dtype=torch.float64)).backward()
+
+
+def test_duplicate_rows_are_still_told_apart() -> None:
+    """Each row is exchanged for its neighbour; where that is its twin, for itself reversed."""
+    model, x = Permuted(), data(2).repeat_interleave(2, 0)
+    with pytest.raises(CandidateLayoutError), Recorder(model).record():
+        loss_of(model, torch.cat([x[1:], x[:1]])).backward()
+
+
+def test_layers_tapped_later_are_audited_too() -> None:
+    model = Mixed()
+    for p in (*model.root.parameters(), *model.last.parameters()):
+        p.requires_grad_(False)
+    recorder = Recorder(model)
+    with recorder.record():
+        loss_of(model, data()).backward()
+    recorder.clear()
+    model.requires_grad_(True)
+    with pytest.raises(CandidateLayoutError), recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_batch_norm_in_training_mode_mixes_candidates() -> None:
+    class Normed(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch = nn.BatchNorm1d(5, affine=False, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.root(self.batch(self.first(x))))  # type: ignore[no-any-return]
+
+    model = Normed()
+    recorder = Recorder(model)
+    with pytest.raises(CandidateLayoutError, match="batch"), recorder.record():
+        loss_of(model, data()).backward()
+    model.batch.eval()
+    with recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_a_head_called_outside_the_model_is_refused() -> None:
+    model = MLP()
+    recorder = Recorder(model)
+    with pytest.raises(RecordingError, match="outside a forward"), recorder.record():
+        model.last(torch.tanh(model(data()).repeat(1, 3)[:, :5].flip(0))).square().mean().backward()
+
+
+def test_gradient_hooks_are_refused() -> None:
+    model = MLP()
+    recorder = Recorder(model)
+    handle = model.first.weight.register_hook(lambda grad: grad * 0)
+    with pytest.raises(RecordingError, match=r"first\.weight has gradient hooks"), recorder.record():
+        pass
+    handle.remove()
+    with recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_a_vector_as_long_as_the_batch_is_no_batch() -> None:
+    class Positioned(MLP):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return super().forward(x + positions[:, None])  # (B, T, d) + (T, 1)
+
+    model, x = Positioned(), torch.randn(4, 4, 6, dtype=torch.float64)
+    recorder = Recorder(model)
+    with recorder.record():
+        model(x, torch.arange(4).double()).square().mean().backward()
+    assert recorder.count == 4
+
+
+def test_a_term_that_vanishes_is_no_residual() -> None:
+    model = MLP()
+    recorder = Recorder(model)
+    for _ in range(2):
+        with recorder.record():
+            (loss_of(model, data()) + 0.0 * sum(p.sum() for p in model.parameters())).backward()
+        recorder.clear()
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_term_added_later_is_found(lean: bool) -> None:
+    model = Regularised()
+    recorder = Recorder(model, lean=lean)
+    with recorder.record():
+        loss_of(model, data()).backward()
+    recorder.clear()
+    model.zero_grad()
+    with pytest.raises(CompletenessError, match=r"first\.weight"), recorder.record():
+        (loss_of(model, data()) + model.penalty()).backward()
+
+
+def test_stale_gradient_without_lean_mode() -> None:
+    model = MLP()
+    recorder = Recorder(model, lean=False, check=False)
+    loss_of(model, data()).backward()
+    with pytest.raises(RecordingError, match="zero_grad"), recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_reparametrised_layers_are_refused() -> None:
+    model = MLP()
+    nn.utils.parametrizations.weight_norm(model.first)
+    with pytest.raises(CoverageError, match="Parametrization"):
+        Recorder(model)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    model = MLP()
+    with pytest.raises(CandidateLayoutError, match="rows"), Recorder(model).record():
+        loss_of(model, data(0)).backward()
+
+
+def test_half_precision_under_autocast() -> None:
+    """bfloat16 parameters and float32 norms: neither audit nor target may leave the forward's autocast."""
+    model = MLP(dtype=torch.float32)
+    model.first.to(torch.bfloat16)
+    model.last.to(torch.bfloat16)
+    recorder = Recorder(model)
+    for _ in range(2):
+        recorder.clear()
+        with recorder.record():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, data().float())
+            loss.backward()
+    found = recorder.contributions().combine()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, data().float())
+    loss.backward()
+    for p in model.parameters():
+        assert p.grad is not None
+        assert found[p].dtype == p.dtype
+        assert float((found[p].float() - p.grad.float()).norm()) < 0.01 * float(p.grad.float().norm())

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import ftw
 from ftw.errors import (
     ConfigurationError,
+    FilterError,
     NonFiniteError,
     RecordingError,
+    SolverError,
     TargetError,
     UnsupportedOptimizerError,
 )
@@ -611,3 +613,313 @@ def test_pool_smaller_than_the_budget_and_pool_of_one() -> None:
         with selector.record():
             loss_of(model, data(rows)).backward()
         assert torch.equal(selector.select().weights, torch.ones(rows, dtype=torch.float64))
+
+
+# -- what a review found -----------------------------------------------------------------------------------------------
+
+
+class Spy(Filter):
+    """Keeps the problems it saw."""
+
+    needs_gram = True
+
+    def __init__(self) -> None:
+        self.seen: list[ftw.SelectionProblem] = []
+
+    def __call__(self, problem: ftw.SelectionProblem) -> Tensor:
+        self.seen.append(problem)
+        return TopK()(problem)
+
+
+def test_masses_of_a_failed_block_are_forgotten() -> None:
+    model = MLP()
+    selector = selector_for(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    with pytest.raises(RecordingError, match="no backward"), selector.record(mass=[1000.0, 1000.0, 1.0, 1.0]):
+        loss_of(model, data(4))
+    with selector.record(mass=[1.0] * 4):
+        loss_of(model, data(4)).backward()
+    assert torch.equal(selector.apply().diagnostics["mass"], torch.ones(4, dtype=torch.float64))
+
+
+def test_quarantine_takes_the_candidates_own_mass_out() -> None:
+    model = MLP()
+    selector = selector_for(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), filter="all", solver="uniform", budget=1.0
+    )
+    x, mass = data(4), torch.tensor([7.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    x[0] = torch.nan
+    with selector.record(mass=mass):
+        ((model(x) - 1).square().mean(1) @ mass / mass.sum()).backward()
+    selection = selector.apply()
+    assert selection.diagnostics["quarantined"] == [0]
+    torch.testing.assert_close(selection.diagnostics["mass"], torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64))
+    assert selection.weights.tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("geometry", ["curvature", "vanilla"])
+def test_problem_of_the_utility_objective(geometry: str) -> None:
+    """K and b as DESIGN, section 2: `(b - kappa C'o)'w - kappa/2 w'Kw`, curvature over trust; vanilla: no offset."""
+    model, spy, trust = MLP(), Spy(), 4.0
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=0.01, weight_decay=0.3)
+    target = data(5, 100)
+    selector = selector_for(
+        model, optimizer, target=[target], filter=spy, objective="utility", trust=trust, geometry=geometry, warmup=0
+    )
+    for step in range(3):
+        x = data(8, step)
+        C = dense(model, x)
+        g = flat(torch.autograd.grad(loss_of(model, target), params))
+        pool = dict(zip(params, torch.autograd.grad(loss_of(model, x), params), strict=True))
+        update = AdamW().linearise(optimizer, pool)
+        M = flat(update.scale[p].values for p in params)  # type: ignore[attr-defined]
+        o, kappa = flat(update.offset[p] for p in params), update.gain[params[0]]
+        if geometry == "vanilla":
+            M, o, kappa = torch.full_like(M, 0.01), torch.zeros_like(o), 1.0
+        with selector.record():
+            loss_of(model, x).backward()
+        selector.apply()
+        K, b = kappa / trust * (C * M @ C.T), C @ (M * g) - kappa / trust * (C @ o)
+        torch.testing.assert_close(spy.seen[-1].full_gram, K, rtol=1e-9, atol=1e-12 * float(K.abs().max()))
+        torch.testing.assert_close(spy.seen[-1].alignment, b, rtol=1e-9, atol=1e-12 * float(b.abs().max()))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_weights_solve_the_ridged_problem_and_the_residual_is_theirs() -> None:
+    model, spy = MLP(), Spy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    selector = selector_for(
+        model, optimizer, filter=spy, constraints=Free(), solver="closed_form", ridge=0.5, total="at_most", budget=3
+    )
+    with selector.record():
+        loss_of(model, data()).backward()
+    selection = selector.select()
+    problem = spy.seen[0]
+    index = TopK()(problem)
+    K, b = problem.gram_block(index), problem.alignment[index]
+    w = torch.linalg.solve(K + 0.5 * K.trace() / 3 * torch.eye(3, dtype=torch.float64), b)
+    torch.testing.assert_close(selection.weights[index], w * min(1.0, 8.0 / float(w.sum())))
+    C = dense(model, data())
+    g = flat(torch.autograd.grad(loss_of(model, data(5, 100)), list(model.parameters())))
+    expected = (w @ C[index] - g).norm() / g.norm()
+    assert selection.diagnostics["relative_residual"] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_a_residual_joins_reference_and_offset() -> None:
+    model = MLP()
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=0.01)
+    spy = Spy()
+    selector = selector_for(model, optimizer, filter=spy, residual="keep", warmup=0)
+    for step in range(3):
+        x = data(8, step)
+        whole = torch.autograd.grad(loss_of(model, x) + model.first.weight.square().sum(), params)
+        update = AdamW().linearise(optimizer, dict(zip(params, whole, strict=True)))
+        M = flat(update.scale[p].values for p in params)  # type: ignore[attr-defined]
+        rest = flat(2 * p.detach() if p is model.first.weight else torch.zeros_like(p) for p in params)
+        o = flat(update.offset[p] for p in params) + M * rest
+        C = dense(model, x)
+        g = flat(torch.autograd.grad(loss_of(model, data(5, 100 + step % 2)), params))
+        with selector.record():
+            (loss_of(model, x) + model.first.weight.square().sum()).backward()
+        selection = selector.apply()
+        K = C * M @ C.T
+        torch.testing.assert_close(spy.seen[-1].full_gram, K, rtol=1e-9, atol=1e-12 * float(K.abs().max()))
+        first = float(g @ (o + M * (selection.weights @ C)))
+        assert selection.diagnostics["first_order"] == pytest.approx(first, rel=1e-9)
+        torch.testing.assert_close(flat(p.grad for p in params), selection.weights @ C + rest, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_failed_step_is_undone() -> None:
+    class Broken(Uniform):
+        fail = True
+
+        def _solve(self, *args: Any) -> Any:
+            if self.fail:
+                raise RuntimeError("broken")
+            return super()._solve(*args)
+
+    solver, weights = Broken(), []
+    for chosen in (solver, Uniform()):
+        model = MLP()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        selector = selector_for(model, optimizer, filter="random", solver=chosen, seed=3)
+        with selector.record():
+            loss_of(model, data()).backward()
+        if chosen is solver:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="broken"):
+                    selector.apply()
+            solver.fail = False
+        weights.append(selector.apply().weights)
+    assert torch.equal(*weights)
+
+
+def test_loss_scale_may_not_change_within_a_window() -> None:
+    model = MLP(dtype=torch.float32)
+    selector = selector_for(model, torch.optim.SGD(model.parameters(), lr=0.01), target=[data(5, 1, torch.float32)])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with selector.record(scaler=scaler):
+        scaler.scale(loss_of(model, data(dtype=torch.float32))).backward()
+    with pytest.raises(RecordingError, match="loss scale changed"), selector.record():
+        loss_of(model, data(dtype=torch.float32)).backward()
+
+
+def test_faulty_components_are_caught() -> None:
+    class Repeats(Filter):
+        def __call__(self, problem: ftw.SelectionProblem) -> Tensor:
+            return torch.tensor([0, 0])
+
+    class TooMany(Filter):
+        def __call__(self, problem: ftw.SelectionProblem) -> Tensor:
+            return torch.arange(problem.size)
+
+    class Nothing(Uniform):
+        def _solve(self, gram: Tensor, alignment: Tensor, constraints: Any) -> ftw.Solution:
+            return ftw.Solution(alignment * torch.nan, ftw.Status.OPTIMAL, 0.0)
+
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for options, error in (
+        ({"filter": Repeats()}, FilterError),
+        ({"filter": TooMany()}, FilterError),
+        ({"solver": Nothing()}, SolverError),
+    ):
+        selector = selector_for(model, optimizer, **options)
+        with selector.record():
+            loss_of(model, data()).backward()
+        with pytest.raises(error, match="author"):
+            selector.apply()
+        selector.close()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_learning_rate_of_zero_still_feeds_the_optimizer(kind: str) -> None:
+    """The first step of a linear warm-up: the weights are those of any other rate."""
+    found = []
+    for lr in (0.0, 0.01):
+        model = MLP()
+        make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
+        optimizer = make(model.parameters(), lr=lr)
+        selector = selector_for(model, optimizer, warmup=0)
+        with selector.record():
+            loss_of(model, data()).backward()
+        found.append(selector.apply())
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert found[0].predicted_drop == 0.0
+    torch.testing.assert_close(found[0].weights, found[1].weights, rtol=1e-6, atol=1e-9)
+
+
+def test_parameter_groups_may_differ_and_change() -> None:
+    model = MLP()
+    optimizer = torch.optim.SGD(
+        [{"params": model.first.parameters(), "lr": 0.0}, {"params": model.norm.parameters()}], lr=0.1
+    )
+    selector = selector_for(model, optimizer)
+    with selector.record():
+        loss_of(model, data()).backward()
+    selector.apply()
+    assert model.last.weight.grad is not None  # the optimizer does not hold it: plain autograd, untouched
+    assert model.first.weight.grad is not None
+    model.zero_grad()
+    optimizer.add_param_group({"params": list(model.last.parameters()), "lr": 0.2})
+    with selector.record():
+        loss_of(model, data()).backward()
+    selection = selector.apply()
+    C, place = dense(model, data()), 0
+    for p in model.parameters():
+        part = (selection.weights @ C[:, place : place + p.numel()]).view_as(p)
+        place += p.numel()
+        if p not in set(model.root.parameters()):
+            torch.testing.assert_close(p.grad, part, rtol=1e-10, atol=1e-13)
+    model.zero_grad()
+    with selector.record():
+        loss_of(model, data()).backward()
+    del optimizer.param_groups[-1]
+    with pytest.raises(RecordingError, match="lost parameters"):
+        selector.apply()
+
+
+def test_the_targets_schedule_does_not_depend_on_which_layers_ran() -> None:
+    class Branching(MLP):
+        short = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.last(hidden if self.short else self.root(torch.tanh(self.norm(hidden))))  # type: ignore[no-any-return]
+
+    model, counted = Branching(), []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        counted.append(1)
+        return loss_of(model, x)
+
+    selector = selector_for(model, torch.optim.SGD(model.parameters(), lr=0.01), loss_fn=loss, refresh=4)
+    for step in range(8):
+        model.short = bool(step % 2)
+        with selector.record():
+            loss_of(model, data(8, step)).backward()
+        selector.apply()
+        model.zero_grad()
+    assert len(counted) == 2
+
+
+def test_apply_inside_record_is_refused() -> None:
+    model = MLP()
+    selector = selector_for(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    with pytest.raises(RecordingError, match="inside record"), selector.record():
+        loss_of(model, data()).backward()
+        selector.apply()
+
+
+def test_overflow_has_the_usual_diagnostics() -> None:
+    model = MLP(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    selector = selector_for(model, optimizer, target=[data(5, 1, torch.float32)], residual="keep")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with selector.record(scaler=scaler):
+        scaler.scale(loss_of(model, data(dtype=torch.float32))).backward()
+    usual = selector.apply().diagnostics.keys()
+    model.zero_grad()
+    for x, extra in ((data(dtype=torch.float32) * torch.inf, 0.0), (data(dtype=torch.float32), torch.inf)):
+        with selector.record(scaler=scaler):
+            scaler.scale(loss_of(model, x) + extra * model.first.weight.sum()).backward()
+        selection = selector.apply()
+        assert selection.status == "overflow"
+        assert usual - selection.diagnostics.keys() <= {"step"}
+        assert not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+        model.zero_grad()
+
+
+def test_loading_a_broken_state_changes_nothing() -> None:
+    model = MLP()
+    selector = selector_for(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    before = selector.state_dict()
+    with pytest.raises(RuntimeError):
+        selector.load_state_dict({**before, "step": 77, "generator": torch.zeros(3, dtype=torch.uint8)})
+    assert str(selector.state_dict()) == str(before)
+
+
+def test_cap_goes_with_the_default_constraints() -> None:
+    model = MLP()
+    with pytest.raises(ConfigurationError, match="cap=2"):
+        selector_for(model, torch.optim.SGD(model.parameters(), lr=0.01), cap=2.0, constraints=NonNegative())
+
+
+def test_target_under_the_forwards_autocast() -> None:
+    model = MLP(dtype=torch.float32)
+    model.first.to(torch.bfloat16)
+    model.last.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    selector = selector_for(model, optimizer, target=[data(5, 1, torch.float32)])
+    for step in range(3):
+        with selector.record():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, data(8, step, torch.float32))
+            loss.backward()
+        assert selector.apply().status == "optimal"
+        optimizer.step()
+        optimizer.zero_grad()

@@ -123,3 +123,82 @@ def test_an_exhausted_generator_is_an_error() -> None:
     empty: list[Tensor] = []
     with pytest.raises(TargetError, match="no more batches"):
         Target(iter(empty), loss_of, batches_per_refresh="all").gradient(model, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_get_their_gradient(reentrant: bool) -> None:
+    class Checkpointed(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            hidden = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=reentrant)
+            return self.last(self.root(torch.tanh(self.norm(hidden))))  # type: ignore[no-any-return]
+
+    model, data = Checkpointed(), batches()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = {p: p.grad for p in model.parameters()}
+    found = Target(data, loss_of).gradient(model, dict(model.named_parameters()))
+    assert all(p.grad is before[p] for p in model.parameters())
+    check(found, model, expected(MLP(), data[0].detach()))
+
+
+def test_an_undone_step_gets_its_batches_again() -> None:
+    model, names = MLP(), dict(MLP().named_parameters())
+    names, seen = dict(model.named_parameters()), []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return loss_of(model, x)
+
+    data = [torch.randn(rows, 6, dtype=torch.float64) for rows in (1, 2, 3, 4)]
+    walked: list[int] = []
+
+    def walk() -> Any:
+        for x in data:
+            walked.append(len(x))
+            yield x
+
+    target = Target(walk(), loss)
+    target.gradient(model, names)
+    for _ in range(2):
+        snapshot = target.snapshot()
+        target.gradient(model, names)
+        target.restore(snapshot)
+    target.gradient(model, names)
+    target.gradient(model, names)
+    assert seen == [1, 2, 2, 2, 3]
+    assert walked == [1, 2, 3]
+
+
+def test_resuming_walks_no_whole_rounds() -> None:
+    class Walked:
+        begun = 0
+
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Any:
+            self.begun += 1
+            return iter(batches())
+
+    model, source = MLP(), Walked()
+    target = Target(source, loss_of)
+    target.load_state_dict({"position": 3001, "age": 1, "gradient": None})
+    check(target.gradient(model, dict(model.named_parameters())), model, expected(model, batches()[1]))
+    assert source.begun == 1
+
+
+def test_an_iterable_that_ends_for_good_is_an_error() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = iter(batches()[:2])
+
+        def __iter__(self) -> Any:
+            yield from self.left
+
+    model = MLP()
+    target = Target(Once(), loss_of)
+    for _ in range(2):
+        target.gradient(model, dict(model.named_parameters()))
+    with pytest.raises(TargetError, match="no more batches after 2"):
+        target.gradient(model, dict(model.named_parameters()))
