@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
-from ftw.solvers.polyhedron import Matrix, Polyhedron, Vector
+from ftw.solvers.polyhedron import Polyhedron, Vector
 from ftw.solvers.projections import project_capped_cone, project_capped_simplex
 
 PerCandidate = float | Sequence[float] | Tensor | Vector
@@ -198,8 +198,8 @@ class CappedCone(ConstraintSet):
 
     def polyhedron(self, n: int) -> Polyhedron:
         fewest = self._fewest(n)
-        bounds = _bounds(np.zeros(n), np.full(n, math.inf))
-        return Polyhedron(*_parts(bounds), share=1 / fewest if fewest > 1 else math.inf)
+        orthant = _bounds(np.zeros(n), np.full(n, math.inf))
+        return replace(orthant, share=1 / fewest if fewest > 1 else math.inf)
 
     def _fewest(self, n: int) -> float:
         """n / cap, the least number of candidates that can share the total, integral where that is meant.
@@ -218,10 +218,6 @@ def _bounds(lower: Vector, upper: Vector) -> Polyhedron:
 def _sum(cap: Vector, mass: Any, total: float) -> Polyhedron:
     row = _spread("mass", mass, cap.size)
     return Polyhedron(np.zeros(cap.size), cap, row[None, :], np.array([total]))
-
-
-def _parts(polyhedron: Polyhedron) -> tuple[Vector, Vector, Matrix, Vector]:
-    return polyhedron.lower, polyhedron.upper, polyhedron.rows, polyhedron.values
 
 
 def _spread(name: str, value: Any, n: int) -> Vector:  # -> (n,)

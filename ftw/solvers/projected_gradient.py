@@ -25,17 +25,16 @@ class ProjectedGradient(WeightSolver):
     that leads the polish to rounding level ends the solve. Deviations from the papers: a fixed step
     `1 / ||K||_F` instead of a line search, and the polish.
 
-    Where several weights are optimal (duplicates, singular K), the start is the set's point nearest to 0 and
-    steps along directions without curvature are not made, so that equal candidates keep equal weights.
+    Where several weights are optimal (duplicates, singular K), equal candidates get equal weights: the start is the
+    set's point nearest to 0, and no step is made along a direction that has neither curvature nor slope.
 
     Unbounded problems are recognised by a ray of the set along which K has no curvature and b a positive slope
     above `tolerance`, relative. Deterministic: no random numbers, no clocks.
 
     Args:
-        max_iterations: of gradient steps; the polish's linear solves are counted in `iterations` but not limited
-            by it.
-        tolerance: largest `kkt_residual` called optimal. It does not end the solve early: that aims at rounding
-            level always.
+        max_iterations: no further burst begins once gradient steps and linear solves together reach it.
+        tolerance: largest `kkt_residual` called optimal. It does not end the solve early, which always aims at
+            rounding level.
 
     Raises:
         ConfigurationError: `max_iterations` or `tolerance` is not positive.
@@ -56,7 +55,7 @@ class ProjectedGradient(WeightSolver):
         problem = UnitProblem.of(gram, alignment, constraints)
         weights = current = problem.project(np.zeros(alignment.numel()))
         residual, iterations, stalls, unbounded = problem.residual(weights), 0, 0, False
-        first = burst = 8 + alignment.numel() // 6
+        burst = 8 + alignment.numel() // 6
         step = 1 / max(problem.norm, _FLATTEST)
         while residual > _GOAL and not unbounded and iterations < self.max_iterations:
             burst = min(burst, self.max_iterations - iterations)
@@ -68,8 +67,8 @@ class ProjectedGradient(WeightSolver):
                 tolerance=self.tolerance,
                 # Where gradient steps identify the face soon, they are cheaper than solves; where they do not
                 # (K graded over many decades), only the exact solves get on, and so are not limited later.
-                rounds=_FEW_ROUNDS if burst == first else _MANY_ROUNDS,
-                passes=_FEW_PASSES if burst == first else 2 * alignment.numel() + 1,
+                rounds=_FEW_ROUNDS if iterations == 0 else _MANY_ROUNDS,
+                passes=_FEW_PASSES if iterations == 0 else 2 * alignment.numel() + 1,
             )
             iterations += burst + found.solves
             current, unbounded = found.last, found.unbounded

@@ -157,15 +157,21 @@ def test_far_and_near_entries_together():
     assert CappedSimplex(2.0, 1.2).project(point).tolist() == pytest.approx([1.2, 0.45, 0.35, 0.0], rel=1e-14)
 
 
-def test_the_cone_near_its_apex_stays_near_its_apex():
-    """The sum that decides between 0 and more is rounding here; a wrong piece would give weights of size 1."""
-    generator = torch.Generator().manual_seed(0)
-    for n in (2, 3, 8, 16):
-        for cap in (1.0, 1.3, 2.0):
-            half = torch.randn(n, generator=generator, dtype=torch.float64)
-            point = half - half.mean()
-            point -= CappedCone(cap).project(point)  # now in the polar cone, on its boundary
-            assert float(CappedCone(cap).project(point).norm()) <= 1e-13 * float(point.norm())
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
+def test_the_cone_near_its_apex_stays_near_its_apex(n):
+    """What decides between 0 and more is rounding here; on a wrong piece the weights would be of size 1."""
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(300):
+        fewest = 1 + (n - 1) * float(torch.rand((), generator=generator, dtype=torch.float64))
+        for q in (fewest, float(round(fewest))):
+            point = torch.randn(n, generator=generator, dtype=torch.float64)
+            largest = point.sort(descending=True).values
+            whole = min(int(q), n - 1)
+            # The largest point'v over the cone's v with sum q is brought to 0: the boundary of the polar cone.
+            point -= (largest[:whole].sum() + (q - whole) * largest[whole]) / q
+            for push in (0.0, 1e-16, 1e-15, 1e-14):
+                projected = CappedCone(n / q).project(point + push * point.norm())
+                assert float(projected.norm()) <= 1e-12 * float(point.norm())
 
 
 def test_a_cap_of_n_or_more_binds_nobody():
@@ -185,6 +191,16 @@ def test_equal_weights_on_the_fewest_candidates_are_members(n):
     assert constraints.project(weights).tolist() == pytest.approx(weights.tolist(), rel=1e-15)
     weights[2] = 0.0
     assert not constraints.contains(weights)
+
+
+def test_no_stray_weights_beside_the_fewest():
+    """With n / cap = 2.9999999999999996 the others would get weights of 1e-16, and count as chosen."""
+    for n in range(3, 120):
+        for fewest in range(1, n):
+            point = torch.full((n,), -1e3, dtype=torch.float64)
+            point[:fewest] = 1e4
+            projected = CappedCone(n / fewest).project(point)
+            assert int((projected != 0).sum()) == fewest
 
 
 @pytest.mark.parametrize("scale", [1e-16, 1.0, 1e16])

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from ftw.solvers import (
     Uniform,
     kkt_residual,
 )
+from ftw.solvers.linear import solve_on_rows, solve_psd
 from ftw.testing import SHAPES, constraint_sets, ugly_problem
 
 SETS = list(constraint_sets(1))
@@ -249,6 +251,37 @@ def test_no_curvature_is_no_harm_where_the_set_or_b_bounds_the_problem():
     zero = torch.zeros(2, 2)
     assert ProjectedGradient().solve(zero, vector(1.0, 2.0), Simplex(1.0)).weights.tolist() == [0.0, 1.0]
     assert ProjectedGradient().solve(zero, vector(-1.0, -2.0), NonNegative()).weights.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("n", [3, 10, 49, 98])
+def test_equal_weights_still_find_their_size(n):
+    """CappedCone(1) leaves the total only, here nearly flat. 49 * (1 / 49) is not 1, which must not pin the total."""
+    C = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    C -= C.mean(1, keepdim=True)
+    K = C.T @ C + 1e-4 * torch.ones(n, n, dtype=torch.float64)
+    solution = ProjectedGradient().solve(K, 3.0 * K.sum(1), CappedCone(1.0))
+    assert solution.weights.tolist() == pytest.approx([3.0] * n, rel=1e-9)
+    assert solution.iterations < 60
+
+
+def test_curvature_of_rounding_size_is_none():
+    """c c' on the plane sum = 0: the row is reflected away, and what is left of the curvature is rounding."""
+    for seed in range(50):
+        c = torch.randn((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
+        K, r, rows = np.full((3, 3), c * c), np.array([1.0, 0.0, -1e-6]), np.ones((1, 3))
+        step, ray = solve_on_rows(K, r, rows, scale=1.0)
+        assert ray is not None
+        assert np.abs(step).max() <= 1e-12
+        assert abs(ray.sum()) <= 1e-15
+        assert r @ ray > 0
+
+
+def test_a_small_candidate_is_not_a_missing_one():
+    """Its curvature is 1e-20 of the other's, but it is curvature, and not the rounding of anything."""
+    K = np.diag([1.0, 1e-20])
+    step, ray = solve_psd(K, np.array([2.0, 3e-10]), scale=1.0)
+    assert ray is None
+    assert step.tolist() == pytest.approx([2.0, 3e10], rel=1e-12)
 
 
 def test_a_flat_ray_between_curved_axes_is_found():
