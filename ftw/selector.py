@@ -2,6 +2,8 @@
 
 The only place where the parts meet. The training loop stays the user's: it records around its own backward and
 calls `apply()` before it clips and steps.
+
+Longer than others because of the arguments, which are documented and checked where users look for them.
 """
 
 from __future__ import annotations

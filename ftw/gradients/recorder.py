@@ -2,6 +2,8 @@
 
 Owned by the selector; usable alone (`with recorder.record(): loss.backward()`, then `recorder.contributions()`).
 The hooks stay until `close()` and do nothing outside `record()`. DESIGN, sections 3.1 to 3.3.
+
+Longer than others: window, hooks and audits share one state, which must be undone as a whole when a block fails.
 """
 
 from __future__ import annotations

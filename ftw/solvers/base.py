@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ class WeightSolver(ABC):
     Law: a solution with status `optimal` lies in the set and its `kkt_residual` is at most the solver's
     `tolerance`, for every symmetric positive semidefinite K, singular ones included.
     """
-
-    needs_gram: ClassVar[bool] = True
-    """Whether the weights depend on K and b."""
 
     tolerance: float = 1e-8
     """Largest relative KKT residual that is called optimal."""

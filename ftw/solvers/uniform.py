@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ class Uniform(WeightSolver):
     (a cap below them) are status `infeasible`.
     """
 
-    needs_gram: ClassVar[bool] = False
     tolerance: float = math.inf
 
     def _solve(self, gram: Tensor, alignment: Tensor, constraints: ConstraintSet) -> Solution:
