@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,12 @@ import torch
 from torch import Tensor, nn
 
 import ftw
+
+RETAIN = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
 
 
 def build(hidden: int, layers: int, vocabulary: int, tokens: int, lora: bool) -> nn.Module:
@@ -125,12 +133,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--retain",
+        action="store_true",
+        help="run again with glibc's allocator told to keep freed memory, as an accelerator's does",
+    )
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON to this file")
     arguments = parser.parse_args()
+    if arguments.retain and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # glibc reads these at start only: the program runs itself anew.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **RETAIN})
     torch.set_num_threads(arguments.threads)
     print(
         f"{arguments.pool} candidates of {arguments.tokens} tokens, budget {arguments.budget}, target batch of "
         f"{arguments.target}; {arguments.device}, {arguments.threads} threads, torch {torch.__version__}"
+        f"{', freed memory retained' if arguments.retain else ''}"
     )
     rows = []
     for lora in (True, False):

@@ -1,0 +1,1 @@
+"""Thin adapters between ftw and trainers. None is built yet; a plain loop needs none (see the README)."""
