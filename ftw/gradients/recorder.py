@@ -188,8 +188,8 @@ class Recorder:
 
     def _refuse_mixing(self) -> None:
         """What lets candidates mix, or changes a gradient on its way, where no audit would see it."""
-        for name, module in self.model.named_modules():
-            if self._identity_due and isinstance(module, _BatchNorm) and module.training:
+        for name, module in self.model.named_modules() if self._identity_due else ():
+            if isinstance(module, _BatchNorm) and module.training:
                 raise CandidateLayoutError(
                     f"{name} ({type(module).__name__}) is in training mode and mixes the candidates of a batch; each "
                     "candidate must be computed by itself; put that module into eval mode, or use another norm."
