@@ -68,7 +68,9 @@ class Diagonal(ScaleOperator):
         return tensor.mul_(self.values)
 
     def power(self, exponent: float) -> Diagonal:
-        return Diagonal(self.values.sqrt() if exponent == 0.5 else self.values**exponent)
+        if exponent == 0.5:
+            return Diagonal(self.values.sqrt())
+        return Diagonal(self.values.reciprocal() if exponent == -1.0 else self.values**exponent)
 
 
 @dataclass(frozen=True)
