@@ -45,6 +45,13 @@ class Policy:
 
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
+        if isinstance(self.constraints, type) or not (
+            isinstance(self.constraints, ConstraintSet) or callable(self.constraints)
+        ):
+            raise ConfigurationError(
+                f"constraints is {self.constraints!r}; allowed are a set of weights, such as ftw.solvers.NonNegative(), or "
+                "a function of (mass of the chosen, n) that returns one; make an instance."
+            )
         one_of("total", self.total, TOTALS)
         _check_budget(self.budget)
         at_least("ridge", self.ridge, 0.0)

@@ -86,7 +86,7 @@ class SelectionProblem:
                 f"budget is {self.budget!r}; allowed are integers from 0 to the pool's size {n}; "
                 "pass the number of candidates to keep."
             )
-        if isinstance(self.gram, Tensor):
+        if self.gram is not None and not callable(self.gram):
             object.__setattr__(self, "gram", as_gram(self.gram, n))
         if self.mass is None:
             mass = torch.ones(n, dtype=torch.float64)

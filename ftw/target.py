@@ -223,7 +223,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     output = model(
         **{key: tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, v) for key, v in batch.items()}
     )
-    loss = getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise TargetError(
             "model(**batch) has no loss for a target batch; give it labels, or pass loss_fn(model, batch)."

@@ -70,7 +70,7 @@ def read_samples(path: Path) -> list[Sample]:
     """
     samples = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     samples.append(_sample(line, f"{path}, line {number}"))

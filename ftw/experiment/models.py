@@ -209,6 +209,8 @@ def _pretrain(
 ) -> None:
     if not rows:
         raise DataError("the generic part holds no text; tiny is pre-trained on it; give a larger pool.")
+    if not settings.steps:
+        return
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_decay(settings))
     order = pool_order(len(rows), min(settings.batch, len(rows)), settings.steps, settings.seed)

@@ -401,3 +401,20 @@ class TestList:
             "assert not heavy, heavy"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+
+
+def test_tiny_may_go_without_pretraining() -> None:
+    from ftw.experiment import data, models
+
+    rows = data.encode([data.Sample("a", "b", "s")], models.tiny_tokenizer(), 16, loss_on_prompt=True).rows
+    model, done = models.tiny(rows, models.Pretraining(steps=0), None)
+    assert done == "built"
+    assert sum(p.numel() for p in model.parameters()) > 1e5
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path) -> None:
+    from ftw.experiment import data
+
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"prompt": "a", "response": "b", "source": "s"}\n', encoding="utf-8-sig")
+    assert data.read_samples(path) == [data.Sample("a", "b", "s")]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,3 +119,8 @@ def test_a_status_compares_to_its_name_and_is_a_sentence(status):
 
 def test_vectors_are_taken_from_lists_too():
     assert as_vector("alignment", [1, 2]).tolist() == [1.0, 2.0]
+
+
+def test_arrays_are_as_good_as_tensors() -> None:
+    problem = SelectionProblem(gram=np.eye(3), alignment=np.ones(3), budget=2)
+    assert torch.equal(problem.full_gram, torch.eye(3, dtype=torch.float64))

@@ -541,6 +541,8 @@ def test_at_most_lets_a_harmful_pool_shrink_the_step() -> None:
         ({"target": ftw.Target([1]), "refresh": 2}, "has its own"),
         ({"filter": Scalar(1.0)}, "filter"),
         ({"solver": All}, "solver"),
+        ({"constraints": NonNegative}, "make an instance"),
+        ({"constraints": "CappedCone"}, "make an instance"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
