@@ -409,7 +409,7 @@ def test_tiny_may_go_without_pretraining() -> None:
     rows = data.encode([data.Sample("a", "b", "s")], models.tiny_tokenizer(), 16, loss_on_prompt=True).rows
     model, done = models.tiny(rows, models.Pretraining(steps=0), None)
     assert done == "built"
-    assert sum(p.numel() for p in model.parameters()) > 1e5
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path) -> None:
