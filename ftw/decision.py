@@ -49,8 +49,8 @@ class Policy:
             isinstance(self.constraints, ConstraintSet) or callable(self.constraints)
         ):
             raise ConfigurationError(
-                f"constraints is {self.constraints!r}; allowed are a set of weights, such as "
-                "ftw.solvers.NonNegative(), or a function of (mass of the chosen, n) that returns one; make an instance."
+                f"constraints is {self.constraints!r}; allowed are a set of weights, such as ftw.solvers.Free(), or a "
+                "function of (mass of the chosen, n) that returns one; make an instance."
             )
         one_of("total", self.total, TOTALS)
         _check_budget(self.budget)
