@@ -99,8 +99,8 @@ class Target:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self._position, self._age = int(state["position"]), int(state["age"])
-        gradient = state["gradient"]
+        position, age, gradient = int(state["position"]), int(state["age"]), state["gradient"]
+        self._position, self._age = position, age
         self._gradient = None if gradient is None else {k: v.clone() for k, v in gradient.items()}
         self._iterator = None
         self._replay.clear()

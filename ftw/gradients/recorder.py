@@ -82,9 +82,6 @@ class Recorder:
         self.residual_policy = residual
         self._wanted = parameters
         self._check = check
-        self._completeness_due = check
-        self._identity_due = check
-        self._inconclusive = 0
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
@@ -92,7 +89,7 @@ class Recorder:
         self._auditing = False
         self._inside: Forward | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._autocast: tuple[str, torch.dtype] | None = None
         self._scale = 1.0
         self._precision = 0.0
         self._clear()
@@ -137,7 +134,8 @@ class Recorder:
         finally:
             self._active, self._inside, self._call = False, None, None
             # The layers' own hooks do it too, but not after an interrupt.
-            self._put_parameters_back()
+            for layer in self._layers:
+                layer.put_back()
 
     def contributions(self) -> Contributions:
         """The contributions of the window so far."""
@@ -159,8 +157,8 @@ class Recorder:
         if self._autocast is None:
             yield
             return
-        device, dtype, enabled = self._autocast
-        with torch.autocast(device, dtype=dtype, enabled=enabled):
+        device, dtype = self._autocast
+        with torch.autocast(device, dtype=dtype):
             yield
 
     def clear(self) -> None:
@@ -181,10 +179,6 @@ class Recorder:
         self.residual: dict[Parameter, Tensor] = {}
         self._pieces: dict[Parameter, list[Piece]] = {}
         self._forwards: list[Forward] = []
-
-    def _put_parameters_back(self) -> None:
-        for layer in self._layers:
-            layer.put_back()
 
     def _refuse_mixing(self) -> None:
         """What lets candidates mix, or changes a gradient on its way, where no audit would see it."""
@@ -277,8 +271,7 @@ class Recorder:
             return
         rows = audit.rows_of(args, kwargs)
         device = self._anchor_device.type
-        enabled = torch.is_autocast_enabled(device)
-        self._autocast = (device, torch.get_autocast_dtype(device), enabled) if enabled else None
+        self._autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         audit.refuse_packed(kwargs)
         waiting = any(not forward.reached for forward in self._forwards)
         if waiting:
@@ -346,6 +339,7 @@ class Recorder:
             handle.remove()
         self._layers = find_layers(self.model, None if self._wanted is None else self._wanted())
         self._completeness_due = self._identity_due = self._check
+        self._inconclusive = 0
         names = dict(self.model.named_parameters())
         recorded = self.parameters
         self._anchor_device = next(iter(recorded)).device

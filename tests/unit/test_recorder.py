@@ -403,6 +403,19 @@ def test_identity_that_cannot_be_proved_ends_with_a_warning() -> None:
         loss_of(model, torch.ones(3, 6, dtype=torch.float64)).backward()
 
 
+def test_the_count_of_attempts_begins_anew_with_other_layers() -> None:
+    model, constant = MLP(), torch.ones(3, 6, dtype=torch.float64)
+    recorder = Recorder(model)
+    for thawed in (True, False):
+        model.first.bias.requires_grad_(thawed)
+        for _ in range(4):
+            with recorder.record():
+                loss_of(model, constant).backward()
+        with pytest.warns(UserWarning, match="given up"), recorder.record():
+            loss_of(model, constant).backward()
+        recorder.clear()
+
+
 def test_duplicate_rows_are_still_told_apart() -> None:
     """Each row is exchanged for its neighbour; where that is its twin, for itself reversed."""
     model, x = Permuted(), data(2).repeat_interleave(2, 0)
