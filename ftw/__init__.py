@@ -2,6 +2,7 @@
 
 from ftw import errors, filters, gradients, optim_state, registry, solvers
 from ftw.errors import FtwError
+from ftw.gradients.layout import packed_candidates
 from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.selector import Selector
 from ftw.target import Target
@@ -18,6 +19,7 @@ __all__ = [
     "filters",
     "gradients",
     "optim_state",
+    "packed_candidates",
     "registry",
     "solvers",
 ]

@@ -7,7 +7,8 @@ Called by the selector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
-from ftw.gradients.base import Contributions
+from ftw.gradients.base import SPARE, Contributions
+from ftw.gradients.pieces import as_rows
 from ftw.optim_state.base import Preconditioner, Scalar, ScaleOperator, state_of, state_rows
 
 GEOMETRIES = ("curvature", "update", "vanilla")
 OBJECTIVES = ("match", "utility")
+REFERENCES = ("pool", "target", "previous")
 
 
 class Quadratic:
@@ -95,6 +98,7 @@ def measure(
     target: Mapping[Parameter, Tensor],
     residual: Mapping[Parameter, Tensor],
     geometry: str,
+    reference: str = "pool",
 ) -> Measurement:
     """One pass over the contributions; candidates with NaN or infinity are found and quarantined.
 
@@ -105,19 +109,23 @@ def measure(
         target: g, parameter -> gradient.
         residual: gradient that no candidate owns; joins the reference and, through M, the offset.
         geometry: "curvature", "update" or "vanilla".
+        reference: what this step's second moment is predicted from: "pool" (the sum of the contributions), "target"
+            (g) or "previous" (the second moment as the last step left it; the pool at a parameter's first step).
 
     Raises:
         NonFiniteError: numbers that are not finite although no candidate is to blame.
     """
     if geometry not in GEOMETRIES:
         raise ConfigurationError(f"geometry is {geometry!r}; allowed are {', '.join(GEOMETRIES)}.")
-    result = _pass(contributions, optimizer, preconditioner, target, residual, geometry)
+    result = _pass(contributions, optimizer, preconditioner, target, residual, geometry, reference)
     if result.is_finite():
         return result
     # Rare: look for the culprits, and measure the others without them (also out of the reference).
     excluded = contributions.nonfinite_candidates()
     if excluded and len(excluded) < contributions.count:
-        result = _pass(contributions.without(excluded), optimizer, preconditioner, target, residual, geometry)
+        result = _pass(
+            contributions.without(excluded), optimizer, preconditioner, target, residual, geometry, reference
+        )
         result.excluded = excluded
         if result.is_finite():
             return result
@@ -139,40 +147,127 @@ def _pass(
     target: Mapping[Parameter, Tensor],
     residual: Mapping[Parameter, Tensor],
     geometry: str,
+    reference: str,
 ) -> Measurement:
     n = contributions.count
-    groups = groups_of(optimizer, contributions)
     # One set of sums a device and one transfer at the end: a transfer a block would stall an accelerator's queue.
     sums: dict[torch.device, Measurement] = {}
-    for p in contributions.parameters:
-        whole = p.detach()
-        state = preconditioner.prepare(whole, groups[p], state_of(optimizer, p))
-        into = sums.setdefault(p.device, Measurement(n, geometry, p.device))
-        for block in contributions.blocks(p, split=preconditioner.elementwise):
-            values, rows = block.values, block.rows
-            reference = torch.zeros_like(whole[rows]) if values is None else values.sum(0).to(p.dtype)
-            extra = residual[p][rows] if p in residual else None
-            if extra is not None:
-                reference = reference + extra
-            update = preconditioner.linearise_tensor(whole[rows], groups[p], state_rows(state, whole, rows), reference)
-            offset = update.offset if extra is None else update.offset + update.scale.apply(extra)
-            g = target[p][rows]
-            root = update.scale.power(0.5)
-            pull = _divide(root, offset)
-            into.offset_drop += (g * offset).sum()
-            into.offset_curvature += update.gain / 2 * pull.square().sum()
-            if block.memory is None:
-                continue
-            if into.chosen is not into.true:
-                scale = _geometry(geometry, update.scale, groups[p])
-                _add_block(into.chosen, block.memory.clone(), scale.power(0.5), g, pull)
-            gram, coupling = _add_block(into.true, block.memory, root, g, pull)
-            into.gained += update.gain * gram
-            into.coupling += update.gain * coupling
+    for part in _parts(contributions, optimizer, preconditioner, target, residual):
+        into = sums.setdefault(part.theta.device, Measurement(n, geometry, part.theta.device))
+        update = preconditioner.linearise_tensor(part.theta, part.group, part.state, _reference(part, reference))
+        offset = update.offset if part.extra is None else update.offset + update.scale.apply(part.extra)
+        root = update.scale.power(0.5)
+        pull = _divide(root, offset)
+        into.offset_drop += _dot(part.g, offset)
+        into.offset_curvature += update.gain / 2 * _dot(pull, pull)
+        if part.memory is None:
+            continue
+        if into.chosen is not into.true:
+            scale = _geometry(geometry, update.scale, part.group)
+            _add_block(into.chosen, part.memory.clone(), scale.power(0.5), part.g, pull)
+        gram, coupling = _add_block(into.true, part.memory, root, part.g, pull)
+        into.gained += update.gain * gram
+        into.coupling += update.gain * coupling
     result = Measurement(n, geometry, torch.device("cpu"))
-    for part in sums.values():
-        result.add(part)
+    for share in sums.values():
+        result.add(share)
     return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is measured at once: some rows of a parameter, or several small parameters side by side."""
+
+    memory: Tensor | None  # (n + SPARE, *shape): the block; None where no candidate contributes
+    theta: Tensor  # (*shape)
+    g: Tensor  # (*shape)
+    extra: Tensor | None  # (*shape), the residual
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+def _parts(
+    contributions: Contributions,
+    optimizer: Optimizer,
+    preconditioner: Preconditioner,
+    target: Mapping[Parameter, Tensor],
+    residual: Mapping[Parameter, Tensor],
+) -> Iterator[_Part]:
+    groups = groups_of(optimizer, contributions)
+    alike: dict[Any, list[tuple[Parameter, Mapping[str, Any]]]] = {}
+    for p in contributions.parameters:
+        theta = p.detach()
+        state = preconditioner.prepare(theta, groups[p], state_of(optimizer, p))
+        if preconditioner.elementwise and contributions.is_small(p):
+            alike.setdefault(_kind(theta, groups[p], state), []).append((p, state))
+            continue
+        if not preconditioner.elementwise:
+            (block,) = contributions.blocks(p, split=False)
+            assert block.memory is not None
+            yield _Part(block.memory.view(-1, *p.shape), theta, target[p], residual.get(p), groups[p], state)
+            continue
+        rows_state = {k: as_rows(v) if _is_like(v, theta) else v for k, v in state.items()}
+        whole, g, extra = as_rows(theta), as_rows(target[p]), as_rows(residual[p]) if p in residual else None
+        for block in contributions.blocks(p):
+            rows = block.rows
+            part_state = state_rows(rows_state, whole, rows)
+            yield _Part(
+                block.memory, whole[rows], g[rows], None if extra is None else extra[rows], groups[p], part_state
+            )
+    for members in alike.values():
+        states = dict(members)
+        for bundle in contributions.bundles([p for p, _ in members]):
+            yield _side_by_side(contributions, bundle, states, target, residual, groups[bundle[0]])
+
+
+def _side_by_side(
+    contributions: Contributions,
+    bundle: list[Parameter],
+    states: Mapping[Parameter, Mapping[str, Any]],
+    target: Mapping[Parameter, Tensor],
+    residual: Mapping[Parameter, Tensor],
+    group: Mapping[str, Any],
+) -> _Part:
+    first = states[bundle[0]]
+    state = {
+        key: torch.cat([states[p][key].flatten() for p in bundle]) if _is_like(value, bundle[0]) else value
+        for key, value in first.items()
+    }
+    extra = None
+    if any(p in residual for p in bundle):
+        extra = torch.cat([(residual[p] if p in residual else torch.zeros_like(p)).flatten() for p in bundle])
+    return _Part(
+        memory=contributions.flat(bundle),
+        theta=torch.cat([p.detach().flatten() for p in bundle]),
+        g=torch.cat([target[p].flatten() for p in bundle]),
+        extra=extra,
+        group=group,
+        state=state,
+    )
+
+
+def _kind(theta: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+    """What small parameters must share for one update to serve them side by side."""
+    shared = tuple(
+        (key, None if _is_like(value, theta) else value.item() if isinstance(value, Tensor) else value)
+        for key, value in sorted(state.items())
+    )
+    return id(group), theta.device, theta.dtype, shared
+
+
+def _is_like(value: Any, theta: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == theta.shape
+
+
+def _reference(part: _Part, reference: str) -> Tensor | None:
+    """The gradient that this step's second moment is predicted from; None: the second moment as it stands."""
+    if reference == "target":
+        return part.g
+    if reference == "previous" and part.state:
+        return None
+    # A parameter's first step has no previous one.
+    total = torch.zeros_like(part.theta) if part.memory is None else part.memory[:-SPARE].sum(0).to(part.theta.dtype)
+    return total if part.extra is None else total + part.extra
 
 
 def groups_of(optimizer: Optimizer, contributions: Contributions) -> dict[Parameter, Mapping[str, Any]]:
@@ -200,18 +295,22 @@ def is_idle(optimizer: Optimizer) -> bool:
 def _add_block(into: Quadratic, memory: Tensor, root: ScaleOperator, g: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
     """Add a block's share to b, K and g'Mg; returns its `C'MC` (n, n) and `C' M^(1/2) pull` (n,).
 
-    Everything is read from one product of `X = M^(1/2) [C g pull]`, written over the block.
+    Everything is read from `X = M^(1/2) [C g pull]`, written over the block.
     """
     n = into.alignment.numel()
     memory[n] = g
     root.apply_(memory[: n + 1])
     memory[n + 1] = pull
     flat = memory.flatten(1)
-    products = (flat[: n + 1] @ flat.T).double()
-    into.gram += products[:n, :n]
-    into.alignment += products[:n, n]
-    into.target += products[n, n]
-    return products[:n, :n], products[:n, n + 1]
+    # Matrix products like multiples of four rows; the two spare rows often make one.
+    height = next((m for m in (n, n + 1, n + 2) if m % 4 == 0), n)
+    gram = (flat[:height] @ flat[:height].T)[:n, :n].double()
+    along = (flat[: n + 1] @ flat[n]).double()
+    coupling = (flat[:n] @ flat[n + 1]).double()
+    into.gram += gram
+    into.alignment += along[:n]
+    into.target += along[n]
+    return gram, coupling
 
 
 def _divide(root: ScaleOperator, offset: Tensor) -> Tensor:
@@ -219,6 +318,10 @@ def _divide(root: ScaleOperator, offset: Tensor) -> Tensor:
     if isinstance(root, Scalar) and not root.value:
         return torch.zeros_like(offset)
     return torch.where(offset == 0, 0.0, root.power(-1.0).apply(offset))
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return torch.linalg.vecdot(first.to(second.dtype).flatten(), second.flatten())
 
 
 def _geometry(geometry: str, scale: ScaleOperator, group: Mapping[str, Any]) -> ScaleOperator:

@@ -53,6 +53,10 @@ class CompletenessError(RecordingError):
     """Contributions do not add up to the gradient: some of it belongs to no candidate."""
 
 
+class MemoryCapError(RecordingError):
+    """What a window keeps exceeds `memory_cap`, and nothing of it may be dropped."""
+
+
 class NonFiniteError(FtwError, ArithmeticError):
     """NaN or infinity where no candidate can be blamed (target gradient, optimizer state, whole pool)."""
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 
 @contextmanager
@@ -19,6 +20,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def parked_gradients(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """No parameter has a gradient inside; what it had is put back, and what was made inside is dropped."""
+    parked = {p: p.grad for p in parameters}
+    try:
+        for p in parked:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in parked.items():
+            p.grad = grad
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -8,7 +8,7 @@ Longer than others because of the arguments, which are documented and checked wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,12 +19,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw import registry
-from ftw.assembly import GEOMETRIES, Measurement, groups_of, is_idle, measure
+from ftw.assembly import GEOMETRIES, REFERENCES, Measurement, groups_of, is_idle, measure
 from ftw.decision import ConstraintMaker, Policy, at_least, one_of
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.filters.base import Filter
 from ftw.gradients.base import Contributions, GradientExtractor
 from ftw.gradients.recorder import Recorder
+from ftw.gradients.rules import rules_for
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
@@ -101,6 +102,11 @@ class Selector:
         target_batches: int | str = 1,
         ema: float = 0.0,
         nothing_useful: str = "zero",
+        reference: str = "pool",
+        memory_cap: int | None = None,
+        granularity: str = "sample",
+        uncovered: str = "error",
+        functional: Sequence[str | type[nn.Module]] = (),
         residual: str = "error",
         lean: bool = True,
         check: bool = True,
@@ -108,6 +114,7 @@ class Selector:
     ) -> None:
         one_of("geometry", geometry, GEOMETRIES)
         one_of("nothing_useful", nothing_useful, NOTHING_USEFUL)
+        one_of("reference", reference, REFERENCES)
         at_least("warmup", warmup, 0)
         if objective == "utility" and geometry == "update":
             raise ConfigurationError(
@@ -143,6 +150,7 @@ class Selector:
         self.geometry = geometry
         self.warmup = warmup
         self.nothing_useful = nothing_useful
+        self.reference = reference
         self._generator = torch.Generator().manual_seed(seed)
         extractor: GradientExtractor = registry.resolve("gradients", gradients)
         self.preconditioner: Preconditioner = (
@@ -158,6 +166,10 @@ class Selector:
             lean=lean,
             residual=residual,
             check=check,
+            uncovered=uncovered,
+            rules=rules_for(functional),
+            granularity=granularity,
+            memory_cap=memory_cap,
         )
         self._step = 0
         self._masses: list[Tensor] = []
@@ -171,15 +183,23 @@ class Selector:
 
     @contextmanager
     def record(
-        self, *, mass: Tensor | Iterable[float] | None = None, scaler: torch.amp.GradScaler | None = None
+        self,
+        *,
+        mass: Tensor | Iterable[float] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        candidates: Any = None,
     ) -> Iterator[None]:
         """Record the forwards and backwards inside the block; blocks add up until `apply()` or `select()`.
 
         Args:
-            mass: each candidate's share of the loss normalisation, on any common positive scale, one entry per row
-                of the block's forwards in their order: label tokens where the loss is a token mean. Default: equal.
+            mass: each candidate's share of the loss normalisation, on any common positive scale, one entry per
+                candidate of the block in their order: label tokens where the loss is a token mean. Default: equal.
             scaler: the GradScaler that scales the loss in this block; its scale is divided out of the
                 contributions and put back by `apply()`.
+            candidates: whose each row, (rows,), or each token, (rows, T), is: integers from 0, counted anew in each
+                block, -1 for nobody's; a sequence of them where the block has several forwards. Default: one
+                candidate a row. For packed rows see `ftw.packed_candidates`; for preference pairs give the chosen
+                and the rejected row of a pair the same number.
 
         Raises:
             ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
@@ -194,7 +214,7 @@ class Selector:
                 "step must share it; pass the same scaler each time and update it after the step."
             )
         before = self._recorder.count
-        with self._recorder.record(loss_scale=scale):
+        with self._recorder.record(loss_scale=scale, candidates=candidates):
             yield
             if before and (mass is None) != self._equal_mass:
                 raise ConfigurationError(
@@ -334,7 +354,9 @@ class Selector:
             target = self.target.gradient(self.model, names)
         geometry = "vanilla" if self._is_cold(contributions) else self.geometry
         residual = self._recorder.residual
-        return measure(contributions, self.optimizer, self.preconditioner, target, residual, geometry), geometry
+        return measure(
+            contributions, self.optimizer, self.preconditioner, target, residual, geometry, self.reference
+        ), geometry
 
     def _is_cold(self, contributions: Contributions) -> bool:
         groups = groups_of(self.optimizer, contributions)

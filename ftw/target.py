@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import ConfigurationError, NonFiniteError, TargetError
-from ftw.modes import all_finite, evaluating
+from ftw.modes import all_finite, evaluating, parked_gradients
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -141,24 +141,21 @@ class Target:
 
     def _backward(self, model: nn.Module, batch: Any, parameters: list[Parameter]) -> Sequence[Tensor | None]:
         # A plain backward, with p.grad out of the way: autograd.grad passes by what checkpointing recomputes.
-        everything = {*model.parameters(), *parameters}
-        parked = {p: p.grad for p in everything}
         devices = {p.device for p in parameters if p.device.type == "cuda"}
-        try:
-            for p in everything:
-                p.grad = None
-            with evaluating(model), torch.random.fork_rng(devices), torch.enable_grad():
-                loss = self.loss_fn(model, batch)
-                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                    raise TargetError(
-                        f"the target's loss function returned {_describe(loss)}; a scalar tensor with a gradient is "
-                        "needed; pass loss_fn(model, batch) that returns the mean loss, or batches with labels."
-                    )
-                loss.reshape(()).backward()
+        with (
+            parked_gradients({*model.parameters(), *parameters}),
+            evaluating(model),
+            torch.random.fork_rng(devices),
+            torch.enable_grad(),
+        ):
+            loss = self.loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise TargetError(
+                    f"the target's loss function returned {_describe(loss)}; a scalar tensor with a gradient is "
+                    "needed; pass loss_fn(model, batch) that returns the mean loss, or batches with labels."
+                )
+            loss.reshape(()).backward()
             return [p.grad for p in parameters]
-        finally:
-            for p, grad in parked.items():
-                p.grad = grad
 
     def _next_batches(self) -> Iterator[Any]:
         if self.batches_per_refresh == "all":

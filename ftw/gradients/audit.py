@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import CandidateLayoutError, CompletenessError
 from ftw.gradients.base import Contributions
+from ftw.gradients.layout import Layout
 from ftw.gradients.pieces import Piece
 from ftw.modes import evaluating
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from ftw.gradients.coverage import TappedLayer
 
 
-def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many rows a forward has: the leading dimension of its first tensor.
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor whose leading dimension counts a forward's rows.
 
     Raises:
         CandidateLayoutError: there is no tensor with a leading dimension.
@@ -35,7 +37,7 @@ def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     named = [kwargs[key] for key in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(key), Tensor)]
     for value in [*named, *tree_leaves((args, dict(kwargs)))]:
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] > 0:
-            return value.shape[0]
+            return value
     raise CandidateLayoutError(
         "the model was called without a tensor that has rows, so its candidates cannot be counted; "
         "call it with a batch whose first dimension is the candidates'."
@@ -47,8 +49,9 @@ def refuse_packed(kwargs: Mapping[str, Any]) -> None:
     lengths = [key for key in kwargs if key.startswith(("cu_seq_lens", "cu_seqlens")) and kwargs[key] is not None]
     if lengths:
         raise CandidateLayoutError(
-            f"the forward got {lengths[0]}: padding-free input, where a row is no candidate; one candidate a row is "
-            "needed; switch packing and padding-free collation off."
+            f"the forward got {lengths[0]}: padding-free input, where a row is no candidate; say whose each "
+            "token is, record(candidates=ftw.packed_candidates(cu_seq_lens=...)), or switch packing and padding-free "
+            "collation off."
         )
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
@@ -61,18 +64,22 @@ def refuse_packed(kwargs: Mapping[str, Any]) -> None:
     if bool(restarts.any()):
         row = int(restarts.any(1).nonzero()[0])
         raise CandidateLayoutError(
-            f"position_ids restart within row {row}: several samples are packed into it; one candidate a row is "
-            "needed; switch packing off."
+            f"position_ids restart within row {row}: several samples are packed into it; say whose each "
+            "token is, record(candidates=ftw.packed_candidates(position_ids)), or switch packing off."
         )
 
 
 def leftover(
-    pieces: Mapping[Parameter, Sequence[Piece]], formed: Mapping[Parameter, Tensor], precision: float
+    pieces: Mapping[Parameter, Sequence[Piece]],
+    dropped: Mapping[Parameter, Tensor],
+    formed: Mapping[Parameter, Tensor],
+    precision: float,
 ) -> dict[Parameter, Tensor]:
     """Gradient that autograd formed and no candidate owns, where it exceeds rounding.
 
     Args:
         pieces: recorded in the block.
+        dropped: sums, as rows, of those that were not kept.
         formed: p.grad made in the block, by autograd, without lean mode.
         precision: the coarsest machine epsilon among the gradients that were recorded.
 
@@ -81,6 +88,8 @@ def leftover(
     present = {p: list(kept) for p, kept in pieces.items() if kept}
     count = max((piece.start + piece.count for kept in present.values() for piece in kept), default=0)
     sums = Contributions(present, count).combine()
+    for p, total in dropped.items():
+        sums[p] = sums.get(p, torch.zeros_like(p)) + total.view(p.shape).to(p.dtype)
     norms = [float(g.norm()) for g in formed.values()]
     largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
     left = {}
@@ -121,28 +130,29 @@ def check_identity(
     layers: Sequence[TappedLayer],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    rows: int,
+    layout: Layout,
 ) -> bool:
-    """Raise `CandidateLayoutError` unless row i of every tapped layer's input depends on candidate i alone.
+    """Raise `CandidateLayoutError` unless candidate i's part of every tapped layer's input depends on i alone.
 
     Forwards without gradients, dropout off, mode and random state restored. Candidates are numbered in
-    binary; for each digit, those with a 1 are exchanged for another row, then those with a 0: whatever
-    permutation or mixture a layer sees, one of these 2 log2(rows) forwards moves a row that should have stayed.
+    binary; for each digit, those with a 1 are exchanged for other data, then those with a 0: whatever
+    permutation or mixture a layer sees, one of these 2 log2(n) forwards moves a candidate that should have stayed.
 
     Returns:
-        Whether every row of every layer did move when its own candidate was exchanged; otherwise (constant or
+        Whether every candidate of every layer did move when it was exchanged; otherwise (constant or
         duplicate rows) nothing is proved yet.
     """
-    depths = {leaf.dim() for leaf in tree_leaves((args, dict(kwargs))) if _is_batched(leaf, rows)}
+    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if _is_batched(leaf, layout.rows)]
+    depths = {leaf.dim() for leaf in leaves}
     with _quiet(model):
-        base = _fingerprints(model, layers, args, kwargs, rows)
+        base = _fingerprints(model, layers, args, kwargs, layout)
         try:
-            return _exchange_all(model, layers, base, args, kwargs, rows, least=1)
+            return _exchange_all(model, layers, base, args, kwargs, layout, least=1)
         except CandidateLayoutError:
             if len(depths) < 2 or 1 not in depths:
                 raise
             # A vector as long as the batch by chance (positions, say) is no batch: leave vectors alone.
-            return _exchange_all(model, layers, base, args, kwargs, rows, least=2)
+            return _exchange_all(model, layers, base, args, kwargs, layout, least=2)
 
 
 def _exchange_all(
@@ -151,25 +161,32 @@ def _exchange_all(
     base: list[list[Tensor]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    rows: int,
+    layout: Layout,
     least: int,
 ) -> bool:
-    numbers = torch.arange(rows)
-    moved = torch.zeros(len(layers), rows, dtype=torch.bool)
-    for digit in range((rows - 1).bit_length()):
+    numbers = torch.arange(layout.count)
+    moved = torch.zeros(len(layers), layout.count, dtype=torch.bool)
+    content = first_tensor(args, kwargs)
+    for digit in range((layout.count - 1).bit_length()):
         ones = (numbers >> digit) & 1 == 1
         for changed in (ones, ~ones):
-            exchange = partial(_exchange, changed=changed, rows=rows, least=least)
+            exchange = partial(_exchange, changed=changed, layout=layout, least=least, content=content)
             other_args, other_kwargs = tree_map(exchange, (args, dict(kwargs)))
-            after = _fingerprints(model, layers, other_args, other_kwargs, rows)
+            after = _fingerprints(model, layers, other_args, other_kwargs, layout)
             for i, (layer, old, new) in enumerate(zip(layers, base, after, strict=True)):
                 moved[i] |= _compare(layer, old, new, changed)
-    used = torch.tensor([bool(calls) for calls in base])
-    return bool(moved[used].all())
+    telling = torch.tensor([_is_telling(layer, calls) for layer, calls in zip(layers, base, strict=True)])
+    return bool(moved[telling].all())
 
 
-def _compare(layer: TappedLayer, before: list[Tensor], after: list[Tensor], changed: Tensor) -> Tensor:  # (rows,) bool
-    """Which rows moved; raises if one moved whose candidate was not exchanged."""
+def _is_telling(layer: TappedLayer, calls: list[Tensor]) -> bool:
+    """Whether the layer was used, and not just to look up what all candidates share (positions)."""
+    shared = layer.rule.event(layer.module) == 0 and all(bool((call == call[0]).all()) for call in calls)
+    return bool(calls) and not shared
+
+
+def _compare(layer: TappedLayer, before: list[Tensor], after: list[Tensor], changed: Tensor) -> Tensor:  # (n,) bool
+    """Which candidates moved; raises if one moved that was not exchanged."""
     if len(before) != len(after):
         raise CandidateLayoutError(
             f"layer {layer.name} ({type(layer.module).__name__}) is called {len(before)} times for one batch and "
@@ -183,7 +200,7 @@ def _compare(layer: TappedLayer, before: list[Tensor], after: list[Tensor], chan
         raise CandidateLayoutError(
             f"the input of layer {layer.name} ({type(layer.module).__name__}) changes in row {int(wrong.nonzero()[0])} "
             "when only other candidates change; row i must depend on candidate i alone; look for permuted, time-first "
-            "or mixed rows before that layer, or freeze it."
+            "or mixed rows before that layer, say in record(candidates=...) whose each row or token is, or freeze it."
         )
     return moved
 
@@ -192,15 +209,24 @@ def _is_batched(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
 
 
-def _exchange(leaf: Any, changed: Tensor, rows: int, least: int) -> Any:
-    if not _is_batched(leaf, rows) or leaf.dim() < least:
+def _exchange(leaf: Any, changed: Tensor, layout: Layout, least: int, content: Tensor) -> Any:
+    if not _is_batched(leaf, layout.rows) or leaf.dim() < least:
         return leaf
+    owner = layout.owner
+    if owner is not None and owner.dim() == 2:
+        # Tokens are exchanged one by one, where they hold the data; positions and masks hold the borders.
+        if leaf.shape[:2] != owner.shape or not (leaf is content or leaf.is_floating_point()):
+            return leaf
+        where = (changed[owner.clamp_min(0)] & (owner >= 0)).flatten().to(leaf.device)
+        flat = leaf.flatten(0, 1)
+        return torch.where(where.view(-1, *[1] * (flat.dim() - 1)), flat.roll(1, 0), flat).view_as(leaf)
+    rows = changed if owner is None else changed[owner.clamp_min(0)] & (owner >= 0)
     other = leaf.roll(1, 0)
     if leaf.dim() > 1:  # a neighbour that is a duplicate changes nothing: take the row itself, reversed
         same = (other == leaf).flatten(1).all(1)
         other = torch.where(same.view(-1, *[1] * (leaf.dim() - 1)), leaf.flip(1), other)
     result = leaf.clone()
-    result[changed] = other[changed]
+    result[rows] = other[rows]
     return result
 
 
@@ -209,20 +235,31 @@ def _fingerprints(
     layers: Sequence[TappedLayer],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    rows: int,
+    layout: Layout,
 ) -> list[list[Tensor]]:
-    """One number per row and call of each layer: a fixed pseudo-random projection of its input."""
+    """One number per candidate and call of each layer: a fixed pseudo-random projection of its input."""
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
-    def watch(name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def watch(layer: TappedLayer, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensor = inputs[0] if inputs else next(iter(named.values()))
-        flat = tensor.detach().reshape(rows, -1).to(torch.float32)
+        leading = tensor.shape[: tensor.dim() - layer.rule.event(module)]
+        if not layout.fits(leading, layer.rule.flat):
+            return  # shared by all candidates; if gradient arrives there, the backward says so
+        tokens = layout.tokens(leading, layer.rule.flat)
+        flat = tensor.detach().reshape(prod(leading), -1).to(torch.float32)
         pattern = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=torch.float32) * 1.7 + 0.3)
-        seen[name].append((flat @ pattern).to("cpu", torch.float64))
+        each = (flat @ pattern).to("cpu", torch.float64)
+        each = each if tokens.index is None else each[tokens.index]
+        begins = torch.tensor(tokens.bounds)
+        owner = torch.arange(layout.count).repeat_interleave(begins.diff())
+        place = torch.arange(len(each)) - begins[owner]
+        seen[layer.name].append(
+            torch.zeros(layout.count, dtype=torch.float64).index_add_(0, owner, each * torch.cos(place * 0.7 + 0.1))
+        )
 
     handles = [
         layer.module.register_forward_pre_hook(
-            lambda module, inputs, named, name=layer.name: watch(name, module, inputs, named),
+            lambda module, inputs, named, layer=layer: watch(layer, module, inputs, named),
             with_kwargs=True,
         )
         for layer in layers

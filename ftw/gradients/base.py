@@ -7,7 +7,7 @@ the selector asks it for the weighted gradient. DESIGN, sections 3.1, 3.3, 3.5.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ftw.errors import ConfigurationError
-from ftw.gradients.pieces import Piece, Rows
+from ftw.gradients.pieces import Dense, Piece, Rows, as_rows
 from ftw.optim_state.base import ScaleOperator
 
 BLOCK_BYTES = {"cpu": 8 << 20}
@@ -86,22 +86,58 @@ class Contributions:
         """Numbers kept in memory."""
         return sum(piece.numel for kept in self._pieces.values() for piece in kept)
 
+    def is_small(self, parameter: Parameter) -> bool:
+        """Whether all candidates' gradients are written out and together take a fraction of a block."""
+        kept = self._pieces[parameter]
+        size = self._row_bytes(kept) * prod(kept[0].shape[:1])
+        return all(isinstance(piece, Dense) for piece in kept) and 4 * size <= self._block_bound(kept)
+
+    def bundles(self, parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+        """Small parameters of one device and dtype, cut into lists that fill a block each."""
+        bundle: list[Parameter] = []
+        size = 0
+        for p in parameters:
+            kept = self._pieces[p]
+            needed = self._row_bytes(kept) * kept[0].shape[0]
+            if bundle and size + needed > self._block_bound(kept):
+                yield bundle
+                bundle, size = [], 0
+            bundle.append(p)
+            size += needed
+        if bundle:
+            yield bundle
+
+    def flat(self, parameters: Sequence[Parameter]) -> Tensor:  # -> (n + SPARE, sum of numel)
+        """Several parameters side by side, each flattened: the memory of one block."""
+        first = self._pieces[parameters[0]][0]
+        memory = torch.empty(
+            (self.count + SPARE, sum(p.numel() for p in parameters)), dtype=first.dtype, device=first.device
+        )
+        at = 0
+        for p in parameters:
+            kept = self._pieces[p]
+            part = memory[: self.count, at : at + p.numel()].unflatten(1, kept[0].shape)
+            self._write(kept, part, slice(0, kept[0].shape[0]))
+            at += p.numel()
+        return memory
+
     def blocks(self, parameter: Parameter, *, split: bool = True) -> Iterator[Block]:
         """All rows of a parameter, block by block; `split=False` gives them as a single block."""
         kept = self._pieces[parameter]
         shape = kept[0].shape
-        touched = [piece.touched_rows() for piece in kept]
-        if split and all(rows is not None for rows in touched):
-            yield from self._sparse_blocks(kept, torch.cat([rows for rows in touched if rows is not None]).unique())
-            return
-        step = self._rows_per_block(kept) if split else max(1, shape[0])
+        if split:
+            touched = [piece.touched_rows() for piece in kept]
+            if all(rows is not None for rows in touched):
+                yield from self._sparse_blocks(kept, torch.cat([rows for rows in touched if rows is not None]).unique())
+                return
+        step = max(1, self._block_bound(kept) // max(1, self._row_bytes(kept))) if split else max(1, shape[0])
         workspace = self._workspace(kept, min(step, shape[0]))
         for first in range(0, shape[0], step):
             rows = slice(first, min(first + step, shape[0]))
             yield Block(rows, self._fill(kept, workspace, rows, rows.stop - rows.start))
 
     def _sparse_blocks(self, kept: list[Piece], touched: Tensor) -> Iterator[Block]:
-        step = self._rows_per_block(kept)
+        step = max(1, self._block_bound(kept) // max(1, self._row_bytes(kept)))
         workspace = self._workspace(kept, min(step, len(touched)))
         for rows in touched.split(step):
             if len(rows):
@@ -112,10 +148,11 @@ class Contributions:
             if len(rows):
                 yield Block(rows, None)
 
-    def _rows_per_block(self, kept: list[Piece]) -> int:
-        bound = self.block_bytes or BLOCK_BYTES.get(kept[0].device.type, ACCELERATOR_BLOCK_BYTES)
-        row = (self.count + SPARE) * prod(kept[0].shape[1:]) * kept[0].dtype.itemsize
-        return max(1, bound // max(1, row))
+    def _block_bound(self, kept: list[Piece]) -> int:
+        return self.block_bytes or BLOCK_BYTES.get(kept[0].device.type, ACCELERATOR_BLOCK_BYTES)
+
+    def _row_bytes(self, kept: list[Piece]) -> int:
+        return (self.count + SPARE) * prod(kept[0].shape[1:]) * kept[0].dtype.itemsize
 
     def _workspace(self, kept: list[Piece], rows: int) -> Tensor:
         # Flat in candidate and row, so that a shorter last block is still contiguous.
@@ -125,34 +162,46 @@ class Contributions:
     def _fill(self, kept: list[Piece], workspace: Tensor, rows: Rows, length: int) -> Tensor:
         total = self.count + SPARE
         memory = workspace[: total * length].view(total, length, *kept[0].shape[1:])
-        written = torch.zeros(self.count, dtype=torch.bool)
-        for piece in kept:
-            # All pieces of one forward span the same candidates: either all are new here or none is.
-            span = slice(piece.start, piece.start + piece.count)
-            piece.add_rows(memory[span], rows, overwrite=not written[piece.start])
-            written[span] = True
-        unwritten = (~written).nonzero().flatten().tolist()  # a layer that some forward of the window did not use
-        for i in (*unwritten, *self.excluded):
-            memory[i] = 0
+        self._write(kept, memory[: self.count], rows)
         return memory
+
+    def _write(self, kept: list[Piece], out: Tensor, rows: Rows) -> None:
+        """The rows of every candidate, quarantined ones as zeros."""
+        written = [False] * self.count
+        for piece in kept:
+            span = slice(piece.start, piece.start + piece.count)
+            before = written[span]
+            if any(before) and not all(before):  # forwards that share some of their candidates
+                for i in range(span.start, span.stop):
+                    if not written[i]:
+                        out[i] = 0
+                before = [True]
+            piece.add_rows(out[span], rows, overwrite=not all(before))
+            written[span] = [True] * piece.count
+        for i, done in enumerate(written):
+            if not done or i in self.excluded:  # a layer that some forward of the window did not use
+                out[i] = 0
 
     def per_candidate(self, parameter: Parameter) -> Tensor:  # -> (n, *shape)
         """c_i of one parameter, written out: n times the parameter's memory. For tests and small parameters."""
         (block,) = self.blocks(parameter, split=False)
         assert block.values is not None
-        return block.values.clone()
+        return block.values.clone().view(self.count, *parameter.shape)
 
     def alignment(self, direction: Mapping[Parameter, Tensor]) -> Tensor:  # -> (n,) float64
-        """`c_i' d` summed over the parameters in `direction`, on the CPU."""
-        result = torch.zeros(self.count, dtype=torch.float64)
-        for parameter in self._pieces:
+        """`c_i' d` summed over the parameters in `direction`, on the CPU. Writes no gradient out."""
+        sums: dict[torch.device, Tensor] = {}
+        for parameter, kept in self._pieces.items():
             if parameter not in direction:
                 continue
-            along = direction[parameter]
-            for block in self.blocks(parameter):
-                if block.values is not None:
-                    part = along[block.rows].to(block.values.dtype).flatten()
-                    result += (block.values.flatten(1) @ part).to("cpu", torch.float64)
+            along = as_rows(direction[parameter])
+            for piece in kept:
+                into = sums.setdefault(piece.device, torch.zeros(self.count, dtype=torch.float64, device=piece.device))
+                into[piece.start : piece.start + piece.count] += piece.alignment(along)
+        result = torch.zeros(self.count, dtype=torch.float64)
+        for part in sums.values():
+            result += part.cpu()
+        result[list(self.excluded)] = 0.0
         return result
 
     def gram(
@@ -166,7 +215,7 @@ class Contributions:
                 continue
             for block in self.blocks(parameter, split=False):
                 assert block.values is not None
-                values = block.values[chosen.to(block.values.device)]
+                values = block.values[chosen.to(block.values.device)].view(-1, *parameter.shape)
                 root = scale[parameter].power(0.5).apply(values).flatten(1)
                 result += (root @ root.T).to("cpu", torch.float64)
         return result
@@ -190,10 +239,10 @@ class Contributions:
 
     @staticmethod
     def _combine(parameter: Parameter, kept: list[Piece], weights: Tensor | None) -> Tensor:
-        total = torch.zeros(parameter.shape, dtype=kept[0].dtype, device=parameter.device)
+        total = torch.zeros(kept[0].shape, dtype=kept[0].dtype, device=parameter.device)
         for piece in kept:
             piece.add_combined(total, None if weights is None else weights[piece.start : piece.start + piece.count])
-        return total.to(parameter.dtype)
+        return total.view(parameter.shape).to(parameter.dtype)
 
     def nonfinite_candidates(self) -> tuple[int, ...]:
         """Numbers of candidates with NaN or infinity in any contribution. Reads everything once."""

@@ -1,8 +1,9 @@
 """Pieces: what one call of one layer adds to the contributions of some candidates to one parameter.
 
 A contribution c_i is the sum of its pieces (several micro-batches, a layer called twice, a tied weight used by
-two layers). A parameter is seen as rows, its first dimension, because a diagonal M acts row block by row
-block and memory is then bounded by the block. Made by `layers`, kept by an extractor, read by `Contributions`.
+two layers). A parameter is seen as rows, its first dimension (all but the last where it has three or more), because
+a diagonal M acts row block by row block and memory is then bounded by the block. Made by the rules of the layers,
+kept by an extractor, read by `Contributions`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ Rows = slice | Tensor
 """Some rows of a parameter: a slice with start and stop, or a LongTensor of ascending row numbers."""
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """A parameter, or anything of its shape, as rows: (R,), (R, d)."""
+    return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
+
+
 @dataclass(frozen=True)
 class Piece(ABC):
-    """Candidates `start ... start + count - 1` of the pool, `count` rows of one forward.
+    """Candidates `start ... start + count - 1` of the window.
 
     Laws, with `dense` the (count, *shape) tensor of all the piece's gradients:
-    `add_rows` adds `dense[:, rows]`; `add_combined` adds `einsum("i,i...->...", weights, dense)`.
+    `add_rows` adds `dense[:, rows]`; `add_combined` adds `einsum("i,i...->...", weights, dense)`;
+    `alignment(d)` is `einsum("i...,...->i", dense, d)`.
     """
 
     start: int
-    shape: tuple[int, ...]  # of the parameter
+    shape: tuple[int, ...]  # of the parameter, as rows
     dtype: torch.dtype  # of the results: the parameter's, float32 at least
 
     @property
@@ -39,6 +46,11 @@ class Piece(ABC):
     def numel(self) -> int:
         """Numbers kept in memory."""
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes kept in memory."""
+
     @abstractmethod
     def add_rows(self, out: Tensor, rows: Rows, *, overwrite: bool) -> None:
         """Add rows of each candidate's gradient to `out` (count, r, *shape[1:]), or write them there."""
@@ -49,6 +61,10 @@ class Piece(ABC):
 
         Candidates of weight 0 are not read, so that their NaN or infinity cannot leak (0 * inf is NaN).
         """
+
+    @abstractmethod
+    def alignment(self, direction: Tensor) -> Tensor:  # (*shape) -> (count,)
+        """Each candidate's gradient along a direction, without writing the gradients out; in `dtype`."""
 
     def touched_rows(self) -> Tensor | None:
         """The only rows that can be non-zero, ascending; None: all."""
@@ -80,6 +96,10 @@ class Dense(Piece):
         return self.values.numel()
 
     @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    @property
     def device(self) -> torch.device:
         return self.values.device
 
@@ -101,70 +121,201 @@ class Dense(Piece):
             chosen = weights[keep].to(self.values.device, self.dtype)
             out.add_(torch.tensordot(chosen, self.values[keep.to(self.values.device)], dims=1))
 
+    def alignment(self, direction: Tensor) -> Tensor:
+        return self.values.flatten(1) @ direction.to(self.dtype).flatten()
+
 
 @dataclass(frozen=True)
-class OuterProduct(Piece):
-    """A matrix product's weight gradient by its factors: `c_i = scale * sum_t grads[i, t] inputs[i, t]'`.
+class TokenPiece(Piece):
+    """A piece kept token by token: candidate i's tokens are `bounds[i] ... bounds[i + 1] - 1`."""
 
-    The sum over tokens is of products, never a product of sums (DESIGN, section 7).
-    """
-
-    inputs: Tensor  # A, (count, T, d_in)
-    grads: Tensor  # B, (count, T, d_out)
+    bounds: tuple[int, ...]  # (count + 1,)
+    grads: Tensor  # B, (N, d_out): the gradient at each token
     scale: float  # one over the loss scale
 
     @property
     def count(self) -> int:
-        return self.inputs.shape[0]
+        return len(self.bounds) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.grads.device
+
+    @property
+    def even(self) -> int | None:
+        """Tokens of every candidate, where all have as many."""
+        each = self.bounds[1] - self.bounds[0]
+        return each if self.bounds == tuple(each * i for i in range(len(self.bounds))) else None
+
+    def owners(self) -> Tensor:  # (N,)
+        """The candidate of each token."""
+        lengths = torch.tensor(self.bounds, device=self.device).diff()
+        return torch.arange(self.count, device=self.device).repeat_interleave(lengths, output_size=self.bounds[-1])
+
+    def chosen(self, weights: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """The tokens of candidates with a weight other than 0, and each one's weight, (m, 1)."""
+        factor = (weights * self.scale).to(self.device, self.dtype)
+        each = self.even
+        kept = weights.nonzero().flatten().tolist()
+        if len(kept) == self.count:
+            index: Tensor | slice = slice(None)
+        else:
+            spans = [torch.arange(self.bounds[i], self.bounds[i + 1], device=self.device) for i in kept]
+            index = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long, device=self.device)
+        kept_factor = factor[torch.tensor(kept, dtype=torch.long, device=self.device)]
+        if each is not None:
+            return index, kept_factor.repeat_interleave(each)[:, None]
+        lengths = torch.tensor([self.bounds[i + 1] - self.bounds[i] for i in kept], device=self.device)
+        return index, kept_factor.repeat_interleave(lengths)[:, None]
+
+    def token_alignment(self, direction: Tensor) -> Tensor:  # (*shape) -> (N,)
+        """Each token's own share of `alignment`; in `dtype`."""
+        raise NotImplementedError
+
+    def alignment(self, direction: Tensor) -> Tensor:
+        shares = self.token_alignment(direction)
+        each = self.even
+        if each is not None:
+            return shares.view(self.count, each).sum(1)
+        return shares.new_zeros(self.count).index_add_(0, self.owners(), shares)
+
+
+@dataclass(frozen=True)
+class OuterProduct(TokenPiece):
+    """A matrix product's weight gradient by its factors: `c_i = scale * sum_t grads[t] inputs[t]'` over i's tokens.
+
+    The sum over tokens is of products, never a product of sums (DESIGN, section 7). Where the matrix is one of
+    several in a parameter (an expert's), it fills the rows from `first_row` on.
+    """
+
+    inputs: Tensor  # A, (N, d_in)
+    first_row: int = 0
 
     @property
     def numel(self) -> int:
         return self.inputs.numel() + self.grads.numel()
 
     @property
-    def device(self) -> torch.device:
-        return self.inputs.device
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + self.grads.nbytes
+
+    @property
+    def last_row(self) -> int:
+        """One past the last row that the matrix fills."""
+        return self.first_row + self.grads.shape[1]
+
+    def touched_rows(self) -> Tensor | None:
+        if self.last_row - self.first_row == self.shape[0]:
+            return None
+        return torch.arange(self.first_row, self.last_row, device=self.device)
 
     def add_rows(self, out: Tensor, rows: Rows, *, overwrite: bool) -> None:
-        left = self.grads[:, :, rows].to(self.dtype).transpose(1, 2)  # (count, r, T)
+        if self.last_row - self.first_row < self.shape[0]:
+            out, rows, overwrite = self._own_rows(out, rows, overwrite)
+            if not out.shape[1]:
+                return
+        left = self.grads[:, rows].to(self.dtype)  # (N, r)
         right = self.inputs.to(self.dtype)
-        if overwrite and self.scale == 1.0:
-            torch.bmm(left, right, out=out)
-        else:
-            torch.baddbmm(out, left, right, beta=0.0 if overwrite else 1.0, alpha=self.scale, out=out)
+        each = self.even
+        if each is not None:
+            left, right = left.view(self.count, each, -1).transpose(1, 2), right.view(self.count, each, -1)
+            if overwrite and self.scale == 1.0:
+                torch.bmm(left, right, out=out)
+            else:
+                torch.baddbmm(out, left, right, beta=0.0 if overwrite else 1.0, alpha=self.scale, out=out)
+            return
+        for i, (first, last) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+            if last > first:
+                beta = 0.0 if overwrite else 1.0
+                a, b = left[first:last].T, right[first:last]
+                torch.addmm(out[i], a, b, beta=beta, alpha=self.scale, out=out[i])
+            elif overwrite:
+                out[i] = 0
+
+    def _own_rows(self, out: Tensor, rows: Rows, overwrite: bool) -> tuple[Tensor, Rows, bool]:
+        """The part of `out` that belongs to this matrix, and its rows within the matrix."""
+        if overwrite:
+            out.zero_()
+        if isinstance(rows, slice):
+            first, last = max(rows.start, self.first_row), min(rows.stop, self.last_row)
+            last = max(first, last)
+            inside = slice(first - self.first_row, last - self.first_row)
+            return out[:, first - rows.start : last - rows.start], inside, False
+        # Ascending row numbers: those of this matrix stand together.
+        first, last = (int(torch.searchsorted(rows, edge)) for edge in (self.first_row, self.last_row))
+        return out[:, first:last], rows[first:last] - self.first_row, False
 
     def add_combined(self, out: Tensor, weights: Tensor | None) -> None:
-        inputs, grads, factor = self.inputs, self.grads, self.scale
-        if weights is not None:
-            keep = weights.nonzero().flatten()
-            if not len(keep):
-                return
-            chosen = weights[keep].to(grads.device, self.dtype)
-            keep = keep.to(grads.device)
-            inputs, grads = inputs[keep], grads[keep].to(self.dtype) * (chosen * factor)[:, None, None]
-            factor = 1.0
-        out.addmm_(grads.flatten(0, 1).to(self.dtype).T, inputs.flatten(0, 1).to(self.dtype), alpha=factor)
+        out = out[self.first_row : self.last_row]
+        if weights is None:
+            out.addmm_(self.grads.to(self.dtype).T, self.inputs.to(self.dtype), alpha=self.scale)
+            return
+        index, factor = self.chosen(weights)
+        if len(factor):
+            grads, inputs = self.grads[index].to(self.dtype), self.inputs[index].to(self.dtype)
+            # The narrower factor takes the weights.
+            if grads.shape[1] <= inputs.shape[1]:
+                grads = grads * factor
+            else:
+                inputs = inputs * factor
+            out.addmm_(grads.T, inputs)
+
+    def token_alignment(self, direction: Tensor) -> Tensor:
+        along = direction[self.first_row : self.last_row].to(self.dtype)
+        grads, inputs = self.grads.to(self.dtype), self.inputs.to(self.dtype)
+        if grads.shape[1] <= inputs.shape[1]:
+            return torch.linalg.vecdot(inputs @ along.T, grads) * self.scale
+        return torch.linalg.vecdot(grads @ along, inputs) * self.scale
 
 
 @dataclass(frozen=True)
-class RowScatter(Piece):
-    """A look-up table's gradient: `c_i = scale * sum_t e(rows[i, t]) grads[i, t]'`, e the unit vector of a row."""
-
-    row_of: Tensor  # (count, T) int64; -1 where the look-up has no gradient (padding_idx)
-    grads: Tensor  # (count, T, d)
-    scale: float
+class Broadcast(TokenPiece):
+    """A parameter added to, or multiplied with, every token: `c_i = scale * sum_t grads[t]`, grads (N, *shape)."""
 
     @property
-    def count(self) -> int:
-        return self.row_of.shape[0]
+    def numel(self) -> int:
+        return self.grads.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.grads.nbytes
+
+    def add_rows(self, out: Tensor, rows: Rows, *, overwrite: bool) -> None:
+        if overwrite:
+            out.zero_()
+        out.index_add_(0, self.owners(), self.grads[:, rows].to(self.dtype), alpha=self.scale)
+
+    def dense(self) -> Piece:
+        each = self.even
+        if each is None:
+            return super().dense()
+        values = self.grads.view(self.count, each, *self.shape).sum(1, dtype=self.dtype)
+        return Dense(self.start, self.shape, self.dtype, values if self.scale == 1.0 else values * self.scale)
+
+    def add_combined(self, out: Tensor, weights: Tensor | None) -> None:
+        if weights is None:
+            out.add_(self.grads.sum(0, dtype=self.dtype), alpha=self.scale)
+            return
+        index, factor = self.chosen(weights)
+        out.add_((self.grads[index].to(self.dtype).flatten(1) * factor).sum(0).view(self.shape))
+
+    def token_alignment(self, direction: Tensor) -> Tensor:
+        return self.grads.to(self.dtype).flatten(1) @ direction.to(self.dtype).flatten() * self.scale
+
+
+@dataclass(frozen=True)
+class RowScatter(TokenPiece):
+    """A look-up table's gradient: `c_i = scale * sum_t e(row_of[t]) grads[t]'`, e the unit vector of a row."""
+
+    row_of: Tensor  # (N,) int64; -1 where the look-up has no gradient (padding_idx)
 
     @property
     def numel(self) -> int:
         return self.row_of.numel() + self.grads.numel()
 
     @property
-    def device(self) -> torch.device:
-        return self.grads.device
+    def nbytes(self) -> int:
+        return self.row_of.nbytes + self.grads.nbytes
 
     def touched_rows(self) -> Tensor | None:
         rows = self.row_of.unique()
@@ -181,15 +332,18 @@ class RowScatter(Piece):
             place[rows] = torch.arange(len(rows), device=rows.device)
             position = place[self.row_of.clamp_min(0)]
             inside = (position >= 0) & (self.row_of >= 0)
-        candidate = torch.arange(self.count, device=out.device)[:, None].expand_as(position)
-        target = candidate[inside] * out.shape[1] + position[inside]
+        target = self.owners()[inside] * out.shape[1] + position[inside]
         out.view(-1, *self.shape[1:]).index_add_(0, target, self.grads[inside].to(self.dtype), alpha=self.scale)
 
     def add_combined(self, out: Tensor, weights: Tensor | None) -> None:
-        row_of, grads = self.row_of, self.grads.to(self.dtype)
+        row_of, grads, alpha = self.row_of, self.grads, self.scale
         if weights is not None:
-            keep = weights.nonzero().flatten().to(grads.device)
-            row_of = row_of[keep]
-            grads = grads[keep] * weights.to(grads.device, self.dtype)[keep][:, None, None]
+            index, factor = self.chosen(weights)
+            row_of, grads, alpha = row_of[index], grads[index].to(self.dtype) * factor, 1.0
         inside = row_of >= 0
-        out.index_add_(0, row_of[inside], grads[inside], alpha=self.scale)
+        out.index_add_(0, row_of[inside], grads[inside].to(self.dtype), alpha=alpha)
+
+    def token_alignment(self, direction: Tensor) -> Tensor:
+        along = direction.to(self.dtype)[self.row_of.clamp_min(0)]
+        shares = torch.linalg.vecdot(along, self.grads.to(self.dtype)) * self.scale
+        return torch.where(self.row_of >= 0, shares, 0.0)

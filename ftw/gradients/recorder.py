@@ -9,9 +9,8 @@ Longer than others: window, hooks and audits share one state, which must be undo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,37 +18,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ftw.errors import CandidateLayoutError, ConfigurationError, RecordingError
+from ftw.errors import CandidateLayoutError, ConfigurationError, MemoryCapError, RecordingError
 from ftw.gradients import audit
 from ftw.gradients.auto import Auto
 from ftw.gradients.base import Contributions, GradientExtractor
-from ftw.gradients.coverage import TappedLayer, find_layers
-from ftw.gradients.layers import Call
-from ftw.gradients.pieces import Piece
+from ftw.gradients.coverage import UNCOVERED, TappedLayer, find_layers
+from ftw.gradients.layout import Layout, candidate_maps
+from ftw.gradients.pieces import Piece, as_rows
+from ftw.gradients.replay import random_state, replayed_output
+from ftw.gradients.rules import RULES, Call, LayerRule
 from ftw.gradients.tap import Tap
+from ftw.gradients.window import Forward, Window
 
 RESIDUALS = ("error", "keep")
+GRANULARITIES = ("sample", "token")
 
 _ATTEMPTS = 5
 """Audits of identity that may end without proof before the recorder gives up, with a warning."""
-
-
-@dataclass
-class Forward:
-    """One forward of the model inside `record()`: `count` rows, candidates from `start` on."""
-
-    start: int
-    count: int
-    recomputable: bool  # no other forward was waiting for its backward when this one ran
-    reached: bool = False  # a backward has come by
 
 
 class Recorder:
     """Records contributions of the given parameters.
 
     Args:
-        model: the module whose call is a forward. Its inputs' leading dimension is the candidates'.
+        model: the module whose call is a forward. Its inputs' leading dimension is the candidates', unless
+            `record(candidates=...)` says otherwise.
         parameters: gives those to record; every one must belong to layers that have a rule. Default: all that require
             grad. Asked at each `record()`, so that parameters frozen, thawed, added or removed are noticed.
         extractor: in what form contributions are kept.
@@ -57,6 +52,11 @@ class Recorder:
             and `p.grad` stays as it was. False leaves the trainer's gradient in `p.grad`.
         residual: what to do with gradient that no candidate owns: "error", or "keep" to collect it in `residual`.
         check: audit identity and completeness in the first record after construction.
+        uncovered: "error", or leave parameters without a rule to the caller: "scale" keeps what a second backward
+            needs (as `keep_calls`), "ignore" leaves them alone.
+        rules: asked in this order for each module.
+        granularity: "sample", or "token": every position of the model's (rows, T) input is a candidate.
+        memory_cap: bound on the bytes of a window's pieces; beyond it only alignments along `direction` are kept.
 
     Raises:
         CoverageError: a parameter belongs to a layer without a rule; the message names it and the ways out.
@@ -71,15 +71,30 @@ class Recorder:
         lean: bool = True,
         residual: str = "error",
         check: bool = True,
+        uncovered: str = "error",
+        rules: Sequence[LayerRule] = RULES,
+        granularity: str = "sample",
+        memory_cap: int | None = None,
     ) -> None:
-        if residual not in RESIDUALS:
-            raise ConfigurationError(
-                f"residual is {residual!r}; allowed are {RESIDUALS}; choose one, 'error' is the default."
-            )
+        for name, value, allowed in (
+            ("residual", residual, RESIDUALS),
+            ("uncovered", uncovered, UNCOVERED),
+            ("granularity", granularity, GRANULARITIES),
+        ):
+            if value not in allowed:
+                raise ConfigurationError(
+                    f"{name} is {value!r}; allowed are {allowed}; choose one, {allowed[0]!r} is the default."
+                )
         self.model = model
         self.extractor = Auto() if extractor is None else extractor
         self.lean = lean
         self.residual_policy = residual
+        self.granularity = granularity
+        self.memory_cap = memory_cap
+        self.direction: Mapping[Parameter, Tensor] | None = None
+        self.uncovered: dict[Parameter, str] = {}
+        self._uncovered_policy = uncovered
+        self._rules = rules
         self._wanted = parameters
         self._check = check
         self._anchor = torch.zeros((), requires_grad=True)
@@ -90,56 +105,87 @@ class Recorder:
         self._inside: Forward | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._autocast: tuple[str, torch.dtype] | None = None
+        self._maps: list[Tensor] | None = None
+        self._block = 0
+        self._first = 0
+        self._unowned: list[tuple[str, Tensor]] = []
+        self._dropped: dict[Parameter, Tensor] = {}
         self._scale = 1.0
         self._precision = 0.0
-        self._clear()
+        self._completeness_due = self._identity_due = False
+        self._inconclusive = 0
+        self.window = Window()
         self._attach()
 
     # -- the window ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def record(self, *, loss_scale: float = 1.0) -> Iterator[None]:
+    def record(self, *, loss_scale: float = 1.0, candidates: Any = None) -> Iterator[None]:
         """Record every forward and backward of the model inside the block. Blocks add up to one window.
 
         If the block raises, what it recorded is dropped and `p.grad` is as it was before the block.
 
         Args:
             loss_scale: what the loss was multiplied with (by a GradScaler, say); divided out of contributions.
+            candidates: whose each row, (rows,), or each token, (rows, T), is: integers that count the block's
+                candidates from 0, -1 for nobody's; a sequence of such tensors where the block has several forwards.
+                Default: one candidate a row.
 
         Raises:
-            RecordingError: nested use, a forward whose backward did not follow, no forward at all.
+            RecordingError: nested use, a forward whose backward did not follow, no forward at all, gradient at a token
+                that is nobody's.
             CandidateLayoutError: rows of a layer are not the rows of the batch.
             CompletenessError: contributions do not add up to the gradient.
+            MemoryCapError: the window outgrew the cap, and M is not known before the backward.
         """
         if self._active:
             raise RecordingError("record() was entered inside record(); end the first block before the next.")
+        maps = candidate_maps(candidates)
+        if maps is not None and self.granularity == "token":
+            raise ConfigurationError(
+                "candidates was given to a selector of granularity='token', whose candidates are the tokens "
+                "themselves; leave it out, or choose granularity='sample'."
+            )
         self._refresh_layers()
         self._scale = 1.0 / loss_scale
-        mark = self.count, len(self._forwards), {p: len(kept) for p, kept in self._pieces.items()}
+        self._maps = maps
+        self._first, self._block = len(self.window.forwards), self.window.count
+        mark = self.window.mark()
         parked = self._park_gradients()
         self._refuse_mixing()
         self._active, self._auditing = True, self._completeness_due
         try:
             yield
             self._active = False
-            self._check_forwards(mark[1])
+            self._check_forwards()
             if self._identity_due:
-                self._audit_identity(self._forwards[mark[1]].count)
-            self._settle(mark[2], parked)
+                self._audit_identity(self.window.forwards[self._first].layout)
+            self._settle(self.window.since(mark), parked)
         except BaseException:
-            self._rewind(*mark)
+            self.window.rewind(mark)
             for p, grad in parked.items():
                 p.grad = grad
             raise
         finally:
-            self._active, self._inside, self._call = False, None, None
+            self._active, self._inside, self._call, self._maps = False, None, None, None
+            self._unowned, self._dropped = [], {}
             # The layers' own hooks do it too, but not after an interrupt.
             for layer in self._layers:
                 layer.put_back()
 
     def contributions(self) -> Contributions:
         """The contributions of the window so far."""
-        return self.extractor.contributions(self._pieces, self.count)
+        return self.extractor.contributions(self.window.pieces, self.window.count)
+
+    @property
+    def count(self) -> int:
+        """n, the candidates of the window so far."""
+        return self.window.count
+
+    @property
+    def residual(self) -> dict[Parameter, Tensor]:
+        """Gradient of the window that no candidate owns."""
+        return self.window.residual
 
     @property
     def active(self) -> bool:
@@ -147,9 +193,26 @@ class Recorder:
         return self._active
 
     @property
+    def layers(self) -> list[TappedLayer]:
+        """The layers that are tapped."""
+        return list(self._layers)
+
+    @property
     def parameters(self) -> set[Parameter]:
         """The parameters that are recorded."""
         return {p for layer in self._layers for p in layer.parameters.values()}
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the last block was multiplied with."""
+        return 1.0 / self._scale
+
+    @property
+    def keep_calls(self) -> bool:
+        """Whether forwards can be replayed: their arguments and output gradients are kept."""
+        return (self.memory_cap is not None and self.direction is not None) or (
+            self._uncovered_policy == "scale" and bool(self.uncovered)
+        )
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -161,24 +224,30 @@ class Recorder:
         with torch.autocast(device, dtype=dtype):
             yield
 
+    @contextmanager
+    def aside(self) -> Iterator[Window]:
+        """A window of its own inside the block, without audits and without a cap; the present one comes back after."""
+        kept = self.window, self._completeness_due, self._identity_due, self.memory_cap, self.direction
+        self.window = Window()
+        self._completeness_due = self._identity_due = False
+        self.memory_cap = self.direction = None
+        try:
+            yield self.window
+        finally:
+            self.window, self._completeness_due, self._identity_due, self.memory_cap, self.direction = kept
+
     def clear(self) -> None:
         """Forget the window and release its memory."""
         if self._active:
             raise RecordingError("the window cannot be cleared inside record(); leave the block first.")
-        self._clear()
+        self.window = Window()
 
     def close(self) -> None:
         """Remove all hooks and forget the window. Recording again needs a new recorder."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._layers = [], []
-        self._clear()
-
-    def _clear(self) -> None:
-        self.count = 0
-        self.residual: dict[Parameter, Tensor] = {}
-        self._pieces: dict[Parameter, list[Piece]] = {}
-        self._forwards: list[Forward] = []
+        self.window = Window()
 
     def _refuse_mixing(self) -> None:
         """What lets candidates mix, or changes a gradient on its way, where no audit would see it."""
@@ -196,11 +265,13 @@ class Recorder:
                         "p.grad after apply() instead, and remove the hooks."
                     )
 
-    def _audit_identity(self, rows: int) -> None:
-        if self._call is None or rows < 2:
+    def _audit_identity(self, layout: Layout) -> None:
+        if self.granularity == "token":  # tokens of a row depend on each other; rows must not
+            layout = Layout(layout.rows)
+        if self._call is None or layout.count < 2:
             return  # a single candidate cannot be mixed up; look again when there are more
         with self.autocast():
-            proved = audit.check_identity(self.model, self._layers, *self._call, rows)
+            proved = audit.check_identity(self.model, self._layers, *self._call, layout)
         self._identity_due = not proved
         self._inconclusive += not proved
         if self._inconclusive == _ATTEMPTS:
@@ -211,20 +282,12 @@ class Recorder:
                 stacklevel=5,
             )
 
-    def _rewind(self, count: int, forwards: int, kept: dict[Parameter, int]) -> None:
-        self.count = count
-        del self._forwards[forwards:]
-        if not forwards:
-            self.residual.clear()
-        for p in list(self._pieces):
-            del self._pieces[p][kept.get(p, 0) :]
-
     # -- gradients outside the contributions -----------------------------------------------------------------------
 
     def _park_gradients(self) -> dict[Parameter, Tensor | None]:
         """Take p.grad out of the way, so that what is there after the block was made in the block."""
         recorded = self.parameters
-        if not self._forwards:
+        if not self.window.forwards:
             names = {p: name for name, p in self.model.named_parameters()}
             stale = [p for p in recorded if p.grad is not None and bool(p.grad.count_nonzero())]
             if stale and self.residual_policy == "error":
@@ -235,18 +298,18 @@ class Recorder:
                 )
             for p in stale:
                 assert p.grad is not None
-                self.residual[p] = p.grad * self._scale
+                self.window.residual[p] = p.grad * self._scale
         parked = {p: p.grad for p in recorded}
         for p in recorded:
             p.grad = None
         return parked
 
-    def _settle(self, kept: dict[Parameter, int], parked: dict[Parameter, Tensor | None]) -> None:
+    def _settle(self, new: Mapping[Parameter, Sequence[Piece]], parked: dict[Parameter, Tensor | None]) -> None:
         """Compare what autograd formed with what was recorded; put p.grad back."""
-        new = {p: pieces[kept.get(p, 0) :] for p, pieces in self._pieces.items()}
+        self._check_unowned()
         formed = {p: p.grad * self._scale for p in parked if p.grad is not None}
         if self._auditing or not self.lean:
-            left = audit.leftover(new, formed, self._precision)
+            left = audit.leftover(new, self._dropped, formed, self._precision)
         else:  # autograd formed nothing for recorded calls; zeros are a term that vanishes
             left = {p: grad for p, grad in formed.items() if bool(grad.count_nonzero())}
         if left:
@@ -254,7 +317,7 @@ class Recorder:
             if self.residual_policy == "error":
                 raise audit.completeness_error({names[p]: left[p] for p in left}, formed, names)
             for p, rest in left.items():
-                self.residual[p] = self.residual[p] + rest if p in self.residual else rest
+                self.window.residual[p] = self.window.residual[p] + rest if p in self.window.residual else rest
         for p, before in parked.items():
             if self.lean:
                 p.grad = before
@@ -264,48 +327,92 @@ class Recorder:
         if self._auditing and all(bool(torch.isfinite(grad).all()) for grad in formed.values()):
             self._completeness_due = False
 
+    def _check_unowned(self) -> None:
+        for name, size in self._unowned:
+            if bool(size > 0):
+                raise RecordingError(
+                    f"tokens that belong to nobody (-1 in candidates) carry gradient at layer {name}; every token that "
+                    "the loss reaches must belong to a candidate; give it one, or mask its label."
+                )
+
     # -- forwards --------------------------------------------------------------------------------------------------
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._active or not torch.is_grad_enabled() or self._inside is not None:
             return
-        rows = audit.rows_of(args, kwargs)
+        layout = self._layout(args, kwargs)
         device = self._anchor_device.type
         self._autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        audit.refuse_packed(kwargs)
-        waiting = any(not forward.reached for forward in self._forwards)
+        waiting = any(not forward.reached for forward in self.window.forwards)
         if waiting:
-            for forward in self._forwards:
+            for forward in self.window.forwards:
                 forward.recomputable = forward.recomputable and forward.reached
-        self._inside = Forward(self.count, rows, recomputable=not waiting)
-        self._forwards.append(self._inside)
-        self.count += rows
+        self._inside = Forward(layout, recomputable=not waiting)
+        if self.keep_calls:
+            self._inside.call = args, kwargs
+            self._inside.random_state = random_state(self._anchor_device)
+        self.window.forwards.append(self._inside)
+        self.window.count = max(self.window.count, layout.start + layout.count)
         if self._identity_due and self._call is None:
             self._call = args, kwargs
 
-    def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._inside = None
+    def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
+        """Whose the rows of the forward that begins are."""
+        first = audit.first_tensor(args, kwargs)
+        rows = first.shape[0]
+        if self._maps is not None:
+            number = len(self.window.forwards) - self._first
+            if number >= len(self._maps) or self._maps[number].shape[0] != rows:
+                shapes = [tuple(each.shape) for each in self._maps]
+                raise CandidateLayoutError(
+                    f"forward {number} of the block has {rows} rows; candidates has maps of shapes {shapes}; one map "
+                    "is needed for each forward, as long as its rows; pass a list of maps."
+                )
+            count = max(int(each.max()) for each in self._maps) + 1
+            return Layout(rows, self._block, self._maps[number], count)
+        audit.refuse_packed(kwargs)
+        if self.granularity == "token":
+            if first.dim() < 2:
+                raise CandidateLayoutError(
+                    f"the model's input has shape {tuple(first.shape)}; granularity='token' needs (rows, T, ...)."
+                )
+            owner = torch.arange(rows * first.shape[1]).view(rows, -1)
+            return Layout(rows, self.window.count, owner)
+        return Layout(rows, self.window.count)
 
-    def _check_forwards(self, first: int) -> None:
-        block = self._forwards[first:]
+    def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
+        forward, self._inside = self._inside, None
+        if forward is None or forward.call is None or output is None:
+            return
+        found = replayed_output(output, forward.layout)
+        if found is not None:
+            forward.output = found[0]
+            found[1].register_hook(forward.keep_output_grad)
+
+    def _check_forwards(self) -> None:
+        block = self.window.forwards[self._first :]
         if not block:
             raise RecordingError(
                 "no forward of the model was seen inside record(); contributions are recorded when the model itself "
                 "is called with gradients enabled; call model(...), not a part of it, inside the block."
             )
         idle = [forward for forward in block if not forward.reached]
+        if self._maps is not None and len(block) != len(self._maps):
+            raise CandidateLayoutError(
+                f"candidates has {len(self._maps)} maps, but the block has {len(block)} forwards; pass one for each."
+            )
         if idle:
             raise RecordingError(
                 f"{len(idle)} of {len(block)} forwards inside record() got no backward (candidates from "
-                f"{idle[0].start} on); each forward of the block must be followed by its backward inside it; use "
-                "torch.no_grad() for forwards that are not trained on."
+                f"{idle[0].layout.start} on); each forward of the block must be followed by its backward inside it; "
+                "use torch.no_grad() for forwards that are not trained on."
             )
 
     def _forward_of(self, layer: TappedLayer) -> Forward:
         if self._inside is not None:
             return self._inside
         # Outside the model's forward a tapped layer runs only when activation checkpointing recomputes it.
-        last = self._forwards[-1] if self._forwards else None
+        last = self.window.forwards[-1] if self.window.forwards else None
         recomputing = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
         if last is None or not recomputing:
             raise RecordingError(
@@ -327,8 +434,8 @@ class Recorder:
         wanted = self.model.parameters() if self._wanted is None else self._wanted()
         if not self._handles:
             raise RecordingError("the recorder is closed; make a new one.")
-        if now != {p for p in wanted if p.requires_grad}:
-            if self._forwards:
+        if now | self.uncovered.keys() != {p for p in wanted if p.requires_grad}:
+            if self.window.forwards:
                 raise RecordingError(
                     "parameters were frozen or thawed in the middle of a window; finish the step with apply() first."
                 )
@@ -337,7 +444,9 @@ class Recorder:
     def _attach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._layers = find_layers(self.model, None if self._wanted is None else self._wanted())
+        wanted = None if self._wanted is None else self._wanted()
+        coverage = find_layers(self.model, wanted, uncovered=self._uncovered_policy, rules=self._rules)
+        self._layers, self.uncovered = coverage.layers, coverage.uncovered
         self._completeness_due = self._identity_due = self._check
         self._inconclusive = 0
         names = dict(self.model.named_parameters())
@@ -358,10 +467,18 @@ class Recorder:
                 layer.module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
             )
 
-    def _before_layer(self, layer: TappedLayer, module: nn.Module, args: Any) -> None:
-        if self._active and self.lean and not self._auditing and torch.is_grad_enabled():
-            for name, p in layer.parameters.items():
-                module._parameters[name] = p.detach()  # type: ignore[assignment]
+    def _before_layer(self, layer: TappedLayer, module: nn.Module, args: Any) -> Any:
+        if not self._active or not torch.is_grad_enabled():
+            return None
+        if self.lean and not self._auditing:
+            layer.detach()
+        if self._inside is not None and args and isinstance(args[0], Tensor):
+            # Positions, looked up once for all rows: look them up for each, so that each has its gradient.
+            ids, rows = args[0], self._inside.layout.rows
+            shared = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
+            if layer.rule.event(module) == 0 and shared and ids.shape[0] != rows:
+                return (ids.expand(rows, ids.shape[-1]), *args[1:])
+        return None
 
     def _after_layer(self, layer: TappedLayer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._active or not torch.is_grad_enabled():
@@ -369,26 +486,115 @@ class Recorder:
         layer.put_back()
         if output is None:  # the layer raised; the hook only had to put its parameters back
             return None
-        inputs = args[0] if args else next(iter(kwargs.values()))
         forward = self._forward_of(layer)
-        if inputs.dim() == 0 or inputs.shape[0] != forward.count:
-            raise CandidateLayoutError(
-                f"layer {layer.name} ({type(module).__name__}) got an input of shape {tuple(inputs.shape)} "
-                f"in a forward of {forward.count} rows; its leading dimension must be the candidates'; give the "
-                "model unpacked, batch-first rows, or freeze that layer."
-            )
-        return Tap.apply(output, self._anchor, inputs.detach(), partial(self._collect, layer, forward))
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not layer.rule.keeps_all:
+            del places[1:]
+            leaves = []
+        saved = [(leaves[i] if leaves else _first(args, kwargs)).detach() for i in places]
+        if leaves:
+            leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        collect = partial(self._collect, layer, forward, (leaves, structure, places))
+        if isinstance(output, Tensor):
+            return Tap.apply(collect, 1, self._anchor, output, *saved)[0]
+        out, shape = tree_flatten(output)
+        tapped = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        passed = Tap.apply(collect, len(tapped), self._anchor, *[out[i] for i in tapped], *saved)
+        for i, leaf in zip(tapped, passed, strict=True):
+            out[i] = leaf
+        return tree_unflatten(out, shape)
 
-    def _collect(self, layer: TappedLayer, forward: Forward, inputs: Tensor, grads: Tensor) -> None:
+    def _collect(
+        self,
+        layer: TappedLayer,
+        forward: Forward,
+        rebuild: tuple[list[Any], Any, list[int]],
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+    ) -> None:
         if not self._active:
             raise RecordingError(
                 f"the backward of layer {layer.name} ran after record() had ended; call backward inside the block."
             )
         forward.reached = True
-        self._precision = max(self._precision, torch.finfo(grads.dtype).eps)
-        call = Call(layer.module, inputs, grads, forward.start, self._scale)
-        for name, p in layer.parameters.items():
-            self._pieces.setdefault(p, []).append(self.extractor.keep(layer.rule.piece(call, name, p)))
+        reached = [grad for grad in grads if grad is not None]
+        if not reached:
+            return
+        self._precision = max(self._precision, *(torch.finfo(grad.dtype).eps for grad in reached))
+        call = Call(
+            layer.module, _arguments(rebuild, saved), saved[0], grads, forward.layout, layer.rule.flat, self._scale
+        )
+        self._check_layout(layer, call, reached[0])
+        for name, piece in layer.rule.pieces(call, layer.parameters):
+            self._store(layer.parameters[name], piece)
+
+    def _check_layout(self, layer: TappedLayer, call: Call, grad: Tensor) -> None:
+        event = layer.rule.event(layer.module)
+        leading = call.inputs.shape[: call.inputs.dim() - event]
+        if not call.layout.fits(leading, call.flat):
+            raise CandidateLayoutError(
+                f"layer {layer.name} ({type(layer.module).__name__}) got an input of shape {tuple(call.inputs.shape)} "
+                f"in a forward of {call.layout.describe()}; its leading dimensions must be the candidates'; give the "
+                "model unpacked, batch-first rows, say in record(candidates=...) whose each row or token is, or freeze "
+                "that layer."
+            )
+        nobody = call.layout.nobody(leading)
+        if nobody is not None:
+            flat = grad.reshape(-1, grad.shape[-1])
+            if len(flat) >= len(nobody):
+                self._unowned.append((layer.name, flat[nobody.to(flat.device)].abs().amax()))
+
+    def _store(self, p: Parameter, piece: Piece) -> None:
+        window = self.window
+        if window.alignment is None:
+            kept = self.extractor.keep(piece)
+            window.pieces.setdefault(p, []).append(kept)
+            window.kept_bytes += kept.nbytes
+            if self.memory_cap is not None and window.kept_bytes > self.memory_cap:
+                self._drop_pieces()
+            return
+        self._drop(p, piece)
+
+    def _drop_pieces(self) -> None:
+        """Keep alignments in place of the pieces, and of those to come."""
+        if self.direction is None:
+            raise MemoryCapError(
+                f"the window's contributions take {self.window.kept_bytes / 2**20:.1f} MiB so far, more than "
+                f"memory_cap={self.memory_cap} bytes; all of them are needed until the step, because its scale M "
+                "is read from their sum; choose reference='previous' or 'target', a smaller window, or a larger cap."
+            )
+        for p, pieces in self.window.pieces.items():
+            for piece in pieces:
+                self._drop(p, piece)
+        self.window.pieces.clear()
+        self.window.kept_bytes = 0
+
+    def _drop(self, p: Parameter, piece: Piece) -> None:
+        assert self.direction is not None
+        self.window.align(piece, as_rows(self.direction[p]))
+        if self._auditing or not self.lean:
+            total = self._dropped.setdefault(p, torch.zeros(piece.shape, dtype=piece.dtype, device=piece.device))
+            piece.add_combined(total, None)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A layer's first argument."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def _arguments(
+    rebuild: tuple[list[Any], Any, list[int]], saved: tuple[Tensor, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    leaves, structure, places = rebuild
+    if not leaves:
+        return (), {}
+    leaves = list(leaves)
+    for i, tensor in zip(places, saved, strict=True):
+        leaves[i] = tensor
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
+    return arguments
 
 
 class _Hook:

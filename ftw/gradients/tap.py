@@ -1,8 +1,8 @@
-"""The tap: an identity on a layer's output whose backward hands (input, output gradient) to whoever listens.
+"""The tap: an identity on a layer's outputs whose backward hands saved tensors and output gradients to a listener.
 
 Installed by the recorder. In place (`mark_dirty`), because a view would break models that modify the output
-in place; with `setup_context`, so that `torch.func` transforms accept it; the input is kept by
-`save_for_backward`, so that activation checkpointing frees and recomputes it like any other.
+in place; with `setup_context`, so that `torch.func` transforms accept it; the inputs are kept by
+`save_for_backward`, so that activation checkpointing frees and recomputes them like any other.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Listener = Callable[[Tensor, Tensor], None]
-"""Called in the backward with the layer's input and the gradient of its output."""
+Listener = Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
+"""Called in the backward with the saved tensors and the gradient of each output (None: not reached)."""
 
 
 class Tap(torch.autograd.Function):
-    """`Tap.apply(output, anchor, inputs, listener) -> output`.
+    """`Tap.apply(listener, count, anchor, *outputs, *saved) -> outputs`, `count` of them.
 
     The anchor is a scalar that requires grad and never receives any: it makes autograd come by even where the
     layer ran with a detached weight on an input that needs no gradient.
     """
 
     @staticmethod
-    def forward(output: Tensor, anchor: Tensor, inputs: Tensor, listener: Listener) -> Tensor:
-        return output
+    def forward(listener: Listener, count: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Listener], output: Tensor) -> None:
-        ctx.mark_dirty(inputs[0])
-        ctx.save_for_backward(inputs[2])
-        ctx.listener = inputs[3]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.listener, ctx.count, _, *tensors = inputs
+        ctx.mark_dirty(*tensors[: ctx.count])
+        ctx.save_for_backward(*tensors[ctx.count :])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inputs,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            ctx.listener(inputs, grads[0])
-        return grads[0], None, None, None
+            ctx.listener(saved, grads)
+        return (None, None, None, *grads, *[None] * len(saved))

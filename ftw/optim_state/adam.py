@@ -102,15 +102,17 @@ class Adam(Preconditioner):
         root = self._root_second_moment(parameter, group, state, reference, beta2)
 
         correction1 = _bias_correction(beta1, state, group, ahead=1)
-        step = lr / (root + eps)  # P
+        step = root.add_(eps).reciprocal_().mul_(lr)  # P
         gain = (1.0 - beta1) / correction1
         scale = step * gain
         if state:
-            offset = step * working(state["exp_avg"]) * (beta1 / correction1)
+            offset = step.mul_(working(state["exp_avg"])).mul_(beta1 / correction1)
         else:
-            offset = torch.zeros_like(step)
-        if decay:
-            offset = offset + theta * (lr * decay if decoupled else scale * decay)
+            offset = step.zero_()
+        if decay and decoupled:
+            offset.add_(theta, alpha=lr * decay)
+        elif decay:
+            offset.addcmul_(theta, scale, value=decay)
         return TensorUpdate(scale=Diagonal(scale), offset=offset, gain=gain)
 
     def _root_second_moment(
@@ -121,7 +123,7 @@ class Adam(Preconditioner):
         reference: Tensor | None,  # L2 decay included
         beta2: float,
     ) -> Tensor:
-        """sqrt(v_hat), shaped as the parameter."""
+        """sqrt(v_hat), shaped as the parameter: a tensor of its own, which the caller may overwrite."""
         taken = self.age(group, state)
         if state:
             stored = working(self._stored_second_moment(parameter, group, state))
@@ -134,13 +136,13 @@ class Adam(Preconditioner):
                 )
             second, correction2 = stored, _bias_correction(beta2, state, group, ahead=0)
         else:
-            second = working(reference).square() * (1.0 - beta2)
+            second = working(reference).square().mul_(1.0 - beta2)
             if state:
-                second = second + working(state["exp_avg_sq"]) * beta2
+                second.add_(working(state["exp_avg_sq"]), alpha=beta2)
                 if group["amsgrad"]:
                     second = torch.maximum(stored, second)
             correction2 = _bias_correction(beta2, state, group, ahead=1)
-        root = second.sqrt() / math.sqrt(correction2)
+        root = second.sqrt().div_(math.sqrt(correction2))
         if self.floor and taken:
             if _FLOOR not in state:
                 raise OptimizerStateError(
