@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
-from ftw.gradients.base import SPARE, Contributions
+from ftw.gradients.base import Block, Contributions, Products
 from ftw.gradients.pieces import as_rows
 from ftw.optim_state.base import Preconditioner, Scalar, ScaleOperator, state_of, state_rows
 
@@ -154,20 +154,21 @@ def _pass(
     sums: dict[torch.device, Measurement] = {}
     for part in _parts(contributions, optimizer, preconditioner, target, residual):
         into = sums.setdefault(part.theta.device, Measurement(n, geometry, part.theta.device))
-        update = preconditioner.linearise_tensor(part.theta, part.group, part.state, _reference(part, reference))
+        seen = None if preconditioner.structure == "scalar" else _reference(part, reference)
+        update = preconditioner.linearise_tensor(part.theta, part.group, part.state, seen)
         offset = update.offset if part.extra is None else update.offset + update.scale.apply(part.extra)
         root = update.scale.power(0.5)
         pull = _divide(root, offset)
         into.offset_drop += _dot(part.g, offset)
         into.offset_curvature += update.gain / 2 * _dot(pull, pull)
-        if part.memory is None:
-            continue
         if into.chosen is not into.true:
-            scale = _geometry(geometry, update.scale, part.group)
-            _add_block(into.chosen, part.memory.clone(), scale.power(0.5), part.g, pull)
-        gram, coupling = _add_block(into.true, part.memory, root, part.g, pull)
-        into.gained += update.gain * gram
-        into.coupling += update.gain * coupling
+            scale = _geometry(geometry, update.scale, part.group).power(0.5)
+            _add(into.chosen, part.block.products(scale, part.g, pull, last=False), scale, part.g)
+        products = part.block.products(root, part.g, pull)
+        _add(into.true, products, root, part.g)
+        if products is not None:
+            into.gained += update.gain * products.gram
+            into.coupling += update.gain * products.coupling
     result = Measurement(n, geometry, torch.device("cpu"))
     for share in sums.values():
         result.add(share)
@@ -178,7 +179,7 @@ def _pass(
 class _Part:
     """What is measured at once: some rows of a parameter, or several small parameters side by side."""
 
-    memory: Tensor | None  # (n + SPARE, *shape): the block; None where no candidate contributes
+    block: Block  # of the candidates
     theta: Tensor  # (*shape)
     g: Tensor  # (*shape)
     extra: Tensor | None  # (*shape), the residual
@@ -204,16 +205,16 @@ def _parts(
         if not preconditioner.elementwise:
             (block,) = contributions.blocks(p, split=False)
             assert block.memory is not None
-            yield _Part(block.memory.view(-1, *p.shape), theta, target[p], residual.get(p), groups[p], state)
+            yield _Part(
+                Block(block.rows, block.memory.view(-1, *p.shape)), theta, target[p], residual.get(p), groups[p], state
+            )
             continue
         rows_state = {k: as_rows(v) if _is_like(v, theta) else v for k, v in state.items()}
         whole, g, extra = as_rows(theta), as_rows(target[p]), as_rows(residual[p]) if p in residual else None
-        for block in contributions.blocks(p):
+        for block in contributions.blocks(p, structure=preconditioner.structure):
             rows = block.rows
             part_state = state_rows(rows_state, whole, rows)
-            yield _Part(
-                block.memory, whole[rows], g[rows], None if extra is None else extra[rows], groups[p], part_state
-            )
+            yield _Part(block, whole[rows], g[rows], None if extra is None else extra[rows], groups[p], part_state)
     for members in alike.values():
         states = dict(members)
         for bundle in contributions.bundles([p for p, _ in members]):
@@ -237,7 +238,7 @@ def _side_by_side(
     if any(p in residual for p in bundle):
         extra = torch.cat([(residual[p] if p in residual else torch.zeros_like(p)).flatten() for p in bundle])
     return _Part(
-        memory=contributions.flat(bundle),
+        block=contributions.side_by_side(bundle),
         theta=torch.cat([p.detach().flatten() for p in bundle]),
         g=torch.cat([target[p].flatten() for p in bundle]),
         extra=extra,
@@ -266,7 +267,8 @@ def _reference(part: _Part, reference: str) -> Tensor | None:
     if reference == "previous" and part.state:
         return None
     # A parameter's first step has no previous one.
-    total = torch.zeros_like(part.theta) if part.memory is None else part.memory[:-SPARE].sum(0).to(part.theta.dtype)
+    total = part.block.total()
+    total = torch.zeros_like(part.theta) if total is None else total.to(part.theta.dtype)
     return total if part.extra is None else total + part.extra
 
 
@@ -292,25 +294,15 @@ def is_idle(optimizer: Optimizer) -> bool:
     return all(float(group["lr"]) == 0.0 for group in optimizer.param_groups)
 
 
-def _add_block(into: Quadratic, memory: Tensor, root: ScaleOperator, g: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a block's share to b, K and g'Mg; returns its `C'MC` (n, n) and `C' M^(1/2) pull` (n,).
-
-    Everything is read from `X = M^(1/2) [C g pull]`, written over the block.
-    """
-    n = into.alignment.numel()
-    memory[n] = g
-    root.apply_(memory[: n + 1])
-    memory[n + 1] = pull
-    flat = memory.flatten(1)
-    # Matrix products like multiples of four rows; the two spare rows often make one.
-    height = next((m for m in (n, n + 1, n + 2) if m % 4 == 0), n)
-    gram = (flat[:height] @ flat[:height].T)[:n, :n].double()
-    along = (flat[: n + 1] @ flat[n]).double()
-    coupling = (flat[:n] @ flat[n + 1]).double()
-    into.gram += gram
-    into.alignment += along[:n]
-    into.target += along[n]
-    return gram, coupling
+def _add(into: Quadratic, products: Products | None, root: ScaleOperator, g: Tensor) -> None:
+    """Add a block's share to b, K and g'Mg."""
+    if products is None:
+        along = root.apply(g)
+        into.target += _dot(along, along)
+        return
+    into.gram += products.gram
+    into.alignment += products.alignment
+    into.target += products.target
 
 
 def _divide(root: ScaleOperator, offset: Tensor) -> Tensor:

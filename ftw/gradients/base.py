@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,20 @@ SPARE = 2
 """Rows of a block behind the candidates', for a reader's directions: one matrix product then serves b and K."""
 
 
+class Products(NamedTuple):
+    """Inner products of a block under M, float64, with r = M^(-1/2) o for the offset o."""
+
+    gram: Tensor  # (n, n) C'M C
+    alignment: Tensor  # (n,) C'M g
+    target: Tensor  # () g'M g
+    coupling: Tensor  # (n,) C'M^(1/2) r
+
+
 @dataclass(frozen=True)
 class Block:
-    """Some rows of one parameter for all candidates of the window.
+    """Some rows of one parameter, or several parameters side by side, for all candidates of the window, written out.
+
+    A subclass may hold the candidates in another form; readers use `total` and `products` alone.
 
     Attributes:
         rows: which rows of the parameter.
@@ -46,6 +58,32 @@ class Block:
     def values(self) -> Tensor | None:
         """The rows of every c_i, (n, r, *shape[1:]): a view of the memory."""
         return None if self.memory is None else self.memory[:-SPARE]
+
+    def total(self) -> Tensor | None:
+        """The sum over candidates, (r, *shape[1:]); None: zero."""
+        return None if self.values is None else self.values.sum(0)
+
+    def products(self, root: ScaleOperator, g: Tensor, pull: Tensor, *, last: bool = True) -> Products | None:
+        """Inner products under M; None where no candidate touches the rows.
+
+        Args:
+            root: M^(1/2) on these rows.
+            g: (r, *shape[1:]) target gradient; pull: r, of the same shape.
+            last: nothing will be read from the block afterwards, so that it may be written over.
+        """
+        if self.memory is None:
+            return None
+        memory = self.memory if last else self.memory.clone()
+        n = len(memory) - SPARE
+        memory[n] = g
+        root.apply_(memory[: n + 1])
+        memory[n + 1] = pull
+        flat = memory.flatten(1)
+        # Matrix products like multiples of four rows; the two spare rows often make one.
+        height = next((m for m in (n, n + 1, n + 2) if m % 4 == 0), n)
+        gram = (flat[:height] @ flat[:height].T)[:n, :n].double()
+        along = (flat[: n + 1] @ flat[n]).double()
+        return Products(gram, along[:n], along[n], (flat[:n] @ flat[n + 1]).double())
 
 
 class Contributions:
@@ -107,8 +145,8 @@ class Contributions:
         if bundle:
             yield bundle
 
-    def flat(self, parameters: Sequence[Parameter]) -> Tensor:  # -> (n + SPARE, sum of numel)
-        """Several parameters side by side, each flattened: the memory of one block."""
+    def side_by_side(self, parameters: Sequence[Parameter]) -> Block:  # memory (n + SPARE, sum of numel)
+        """Several small parameters, each flattened, as one block."""
         first = self._pieces[parameters[0]][0]
         memory = torch.empty(
             (self.count + SPARE, sum(p.numel() for p in parameters)), dtype=first.dtype, device=first.device
@@ -119,10 +157,16 @@ class Contributions:
             part = memory[: self.count, at : at + p.numel()].unflatten(1, kept[0].shape)
             self._write(kept, part, slice(0, kept[0].shape[0]))
             at += p.numel()
-        return memory
+        return Block(slice(0, at), memory)
 
-    def blocks(self, parameter: Parameter, *, split: bool = True) -> Iterator[Block]:
-        """All rows of a parameter, block by block; `split=False` gives them as a single block."""
+    def blocks(self, parameter: Parameter, *, split: bool = True, structure: str = "any") -> Iterator[Block]:
+        """All rows of a parameter, block by block.
+
+        Args:
+            split: False gives all rows as a single block, written out.
+            structure: what the reader promises about M: "scalar" (a multiple of the identity), or "any". With it a
+                block may hold the candidates in a cheaper form.
+        """
         kept = self._pieces[parameter]
         shape = kept[0].shape
         if split:
@@ -184,7 +228,7 @@ class Contributions:
 
     def per_candidate(self, parameter: Parameter) -> Tensor:  # -> (n, *shape)
         """c_i of one parameter, written out: n times the parameter's memory. For tests and small parameters."""
-        (block,) = self.blocks(parameter, split=False)
+        (block,) = Contributions.blocks(self, parameter, split=False)
         assert block.values is not None
         return block.values.clone().view(self.count, *parameter.shape)
 

@@ -126,6 +126,9 @@ class Preconditioner(ABC):
     elementwise: ClassVar[bool] = True
     """Whether each entry's update depends on that entry alone, so that rows may be linearised apart."""
 
+    structure: ClassVar[str] = "any"
+    """"scalar" where M is a multiple of the identity for every parameter and does not depend on the reference."""
+
     @abstractmethod
     def linearise_tensor(
         self,

@@ -28,6 +28,7 @@ class Identity(Preconditioner):
     """
 
     optimizers: ClassVar[tuple[type[Optimizer], ...]] = ()
+    structure: ClassVar[str] = "scalar"
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)

@@ -34,6 +34,7 @@ class SGD(Preconditioner):
     """
 
     optimizers: ClassVar[tuple[type[Optimizer], ...]] = (torch.optim.SGD,)
+    structure: ClassVar[str] = "scalar"
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
