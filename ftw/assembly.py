@@ -7,7 +7,7 @@ Called by the selector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,7 @@ def measure(
     residual: Mapping[Parameter, Tensor],
     geometry: str,
     reference: str = "pool",
+    total: Mapping[Parameter, Tensor] | None = None,
 ) -> Measurement:
     """One pass over the contributions; candidates with NaN or infinity are found and quarantined.
 
@@ -109,6 +110,7 @@ def measure(
         target: g, parameter -> gradient.
         residual: gradient that no candidate owns; joins the reference and, through M, the offset.
         geometry: "curvature", "update" or "vanilla".
+        total: sum of the pool's contributions, where those given are not the whole pool.
         reference: what this step's second moment is predicted from: "pool" (the sum of the contributions), "target"
             (g) or "previous" (the second moment as the last step left it; the pool at a parameter's first step).
 
@@ -117,15 +119,14 @@ def measure(
     """
     if geometry not in GEOMETRIES:
         raise ConfigurationError(f"geometry is {geometry!r}; allowed are {', '.join(GEOMETRIES)}.")
-    result = _pass(contributions, optimizer, preconditioner, target, residual, geometry, reference)
+    result = _pass(contributions, optimizer, preconditioner, target, residual, geometry, reference, total)
     if result.is_finite():
         return result
     # Rare: look for the culprits, and measure the others without them (also out of the reference).
     excluded = contributions.nonfinite_candidates()
     if excluded and len(excluded) < contributions.count:
-        result = _pass(
-            contributions.without(excluded), optimizer, preconditioner, target, residual, geometry, reference
-        )
+        rest = contributions.without(excluded)
+        result = _pass(rest, optimizer, preconditioner, target, residual, geometry, reference, total)
         result.excluded = excluded
         if result.is_finite():
             return result
@@ -148,21 +149,22 @@ def _pass(
     residual: Mapping[Parameter, Tensor],
     geometry: str,
     reference: str,
+    total: Mapping[Parameter, Tensor] | None,
 ) -> Measurement:
     n = contributions.count
     # One set of sums a device and one transfer at the end: a transfer a block would stall an accelerator's queue.
     sums: dict[torch.device, Measurement] = {}
-    for part in _parts(contributions, optimizer, preconditioner, target, residual):
+    for part in _parts(contributions, optimizer, preconditioner, target, residual, total or {}):
         into = sums.setdefault(part.theta.device, Measurement(n, geometry, part.theta.device))
         seen = None if preconditioner.structure == "scalar" else _reference(part, reference)
         update = preconditioner.linearise_tensor(part.theta, part.group, part.state, seen)
         offset = update.offset if part.extra is None else update.offset + update.scale.apply(part.extra)
         root = update.scale.power(0.5)
-        pull = _divide(root, offset)
+        pull = whitened(root, offset)
         into.offset_drop += _dot(part.g, offset)
         into.offset_curvature += update.gain / 2 * _dot(pull, pull)
         if into.chosen is not into.true:
-            scale = _geometry(geometry, update.scale, part.group).power(0.5)
+            scale = chosen_scale(geometry, update.scale, part.group).power(0.5)
             _add(into.chosen, part.block.products(scale, part.g, pull, last=False), scale, part.g)
         products = part.block.products(root, part.g, pull)
         _add(into.true, products, root, part.g)
@@ -183,6 +185,7 @@ class _Part:
     theta: Tensor  # (*shape)
     g: Tensor  # (*shape)
     extra: Tensor | None  # (*shape), the residual
+    total: Tensor | None  # (*shape), the sum of the pool's contributions, where it is not the block's
     group: Mapping[str, Any]
     state: Mapping[str, Any]
 
@@ -193,8 +196,9 @@ def _parts(
     preconditioner: Preconditioner,
     target: Mapping[Parameter, Tensor],
     residual: Mapping[Parameter, Tensor],
+    total: Mapping[Parameter, Tensor],
 ) -> Iterator[_Part]:
-    groups = groups_of(optimizer, contributions)
+    groups = groups_of(optimizer, contributions.parameters)
     alike: dict[Any, list[tuple[Parameter, Mapping[str, Any]]]] = {}
     for p in contributions.parameters:
         theta = p.detach()
@@ -205,20 +209,20 @@ def _parts(
         if not preconditioner.elementwise:
             (block,) = contributions.blocks(p, split=False)
             assert block.memory is not None
-            yield _Part(
-                Block(block.rows, block.memory.view(-1, *p.shape)), theta, target[p], residual.get(p), groups[p], state
-            )
+            whole_block = Block(block.rows, block.memory.view(-1, *p.shape))
+            yield _Part(whole_block, theta, target[p], residual.get(p), total.get(p), groups[p], state)
             continue
         rows_state = {k: as_rows(v) if _is_like(v, theta) else v for k, v in state.items()}
-        whole, g, extra = as_rows(theta), as_rows(target[p]), as_rows(residual[p]) if p in residual else None
+        whole, g = as_rows(theta), as_rows(target[p])
+        extra, summed = (as_rows(each[p]) if p in each else None for each in (residual, total))
         for block in contributions.blocks(p, structure=preconditioner.structure):
             rows = block.rows
-            part_state = state_rows(rows_state, whole, rows)
-            yield _Part(block, whole[rows], g[rows], None if extra is None else extra[rows], groups[p], part_state)
+            added, known = (None if each is None else each[rows] for each in (extra, summed))
+            yield _Part(block, whole[rows], g[rows], added, known, groups[p], state_rows(rows_state, whole, rows))
     for members in alike.values():
         states = dict(members)
         for bundle in contributions.bundles([p for p, _ in members]):
-            yield _side_by_side(contributions, bundle, states, target, residual, groups[bundle[0]])
+            yield _side_by_side(contributions, bundle, states, target, residual, total, groups[bundle[0]])
 
 
 def _side_by_side(
@@ -227,6 +231,7 @@ def _side_by_side(
     states: Mapping[Parameter, Mapping[str, Any]],
     target: Mapping[Parameter, Tensor],
     residual: Mapping[Parameter, Tensor],
+    total: Mapping[Parameter, Tensor],
     group: Mapping[str, Any],
 ) -> _Part:
     first = states[bundle[0]]
@@ -242,6 +247,7 @@ def _side_by_side(
         theta=torch.cat([p.detach().flatten() for p in bundle]),
         g=torch.cat([target[p].flatten() for p in bundle]),
         extra=extra,
+        total=torch.cat([total[p].flatten() for p in bundle]) if total else None,
         group=group,
         state=state,
     )
@@ -267,19 +273,19 @@ def _reference(part: _Part, reference: str) -> Tensor | None:
     if reference == "previous" and part.state:
         return None
     # A parameter's first step has no previous one.
-    total = part.block.total()
+    total = part.block.total() if part.total is None else part.total
     total = torch.zeros_like(part.theta) if total is None else total.to(part.theta.dtype)
     return total if part.extra is None else total + part.extra
 
 
-def groups_of(optimizer: Optimizer, contributions: Contributions) -> dict[Parameter, Mapping[str, Any]]:
+def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Parameter, Mapping[str, Any]]:
     """Parameter -> its group. Where all learning rates are 0 (the first step of a linear warm-up), they read as 1.
 
     Everything is linear in the learning rate, so that the weights are those of any small rate, and the moments of
     the optimizer are fed as well as in any other step.
     """
     groups: dict[Parameter, Mapping[str, Any]] = {p: group for group in optimizer.param_groups for p in group["params"]}
-    if any(p not in groups for p in contributions.parameters):
+    if any(p not in groups for p in parameters):
         raise RecordingError(
             "the optimizer's parameter groups lost parameters between record() and apply(); a window must be applied "
             "to the optimizer it was recorded for; discard() it first."
@@ -305,7 +311,7 @@ def _add(into: Quadratic, products: Products | None, root: ScaleOperator, g: Ten
     into.target += products.target
 
 
-def _divide(root: ScaleOperator, offset: Tensor) -> Tensor:
+def whitened(root: ScaleOperator, offset: Tensor) -> Tensor:
     """`M^(-1/2) o`; where M is 0 (a learning rate of 0) the offset is 0 as well, and so is the quotient."""
     if isinstance(root, Scalar) and not root.value:
         return torch.zeros_like(offset)
@@ -316,5 +322,8 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.vecdot(first.to(second.dtype).flatten(), second.flatten())
 
 
-def _geometry(geometry: str, scale: ScaleOperator, group: Mapping[str, Any]) -> ScaleOperator:
+def chosen_scale(geometry: str, scale: ScaleOperator, group: Mapping[str, Any]) -> ScaleOperator:
+    """The scale that selects: M itself, its square, or the learning rate alone."""
+    if geometry == "curvature":
+        return scale
     return scale.power(2.0) if geometry == "update" else Scalar(float(group["lr"]))

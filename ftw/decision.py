@@ -5,7 +5,7 @@ Sees n-dimensional numbers only; called by the selector with what the assembly m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -17,6 +17,7 @@ from ftw.assembly import OBJECTIVES, Measurement
 from ftw.errors import ConfigurationError, FilterError, SolverError
 from ftw.filters.base import Filter
 from ftw.problem import Selection, SelectionProblem, Solution, Status
+from ftw.scoring import Scores
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import ConstraintSet
 
@@ -64,49 +65,125 @@ class Policy:
                 f"trust={self.trust} is given with objective='match'; it acts on objective='utility' only."
             )
 
-    def decide(self, measurement: Measurement, geometry: str, mass: Tensor, generator: torch.Generator) -> Selection:
+    def decide(
+        self,
+        measurement: Measurement,
+        geometry: str,
+        mass: Tensor,
+        generator: torch.Generator,
+        *,
+        members: Tensor | None = None,
+        absent: Sequence[int] = (),
+    ) -> Selection:
         """Indices, weights and diagnostics of a step.
 
         Args:
-            measurement: of the whole pool, quarantined candidates included (they keep weight 0).
+            measurement: of the whole pool, quarantined candidates included (they keep weight 0), or of `members`.
             geometry: the one that the measurement's `chosen` numbers were made with.
             mass: (n,), of the whole pool, on any positive scale.
             generator: for filters that draw.
+            members: (m,) the candidates that were measured, where they are not the whole pool.
+            absent: candidates of the pool that are not on offer, and count for nothing.
 
         Raises:
             SolverError: the solver found no usable weights.
         """
-        n = measurement.true.alignment.numel()
-        present = torch.tensor([i for i in range(n) if i not in measurement.excluded], dtype=torch.long)
-        mass = mass[present]
-        mass = mass * (len(present) / mass.sum())
+        n = len(mass)
+        members = torch.arange(n) if members is None else members
+        gone = {*absent, *members[list(measurement.excluded)].tolist()}
+        full_mass = _normalised(mass, gone)
+        present = torch.tensor([i for i, each in enumerate(members.tolist()) if each not in gone], dtype=torch.long)
         gram, alignment = self._objective(measurement, geometry)
         problem = SelectionProblem(
             gram=gram[present][:, present],
             alignment=alignment[present],
-            budget=min(_budget(self.budget, len(present)), len(present)),
-            mass=mass,
+            budget=min(_budget(self.budget, n - len(gone)), len(present)),
+            mass=full_mass[members[present]],
             generator=generator,
         )
         chosen = _check_indices(self.filter(problem), problem, self.filter)
-        weights = torch.zeros(n, dtype=torch.float64)
-        solution = self._weigh(problem, chosen) if len(chosen) else None
+        raw = torch.zeros(len(members), dtype=torch.float64)
+        solution = self._weigh(problem, chosen, n - len(gone)) if len(chosen) else None
         if solution is not None:
-            weights[present[chosen]] = solution.weights
-        status = Status.NOTHING_USEFUL if solution is None else solution.status
-        full_mass = torch.zeros(n, dtype=torch.float64)
-        full_mass[present] = mass
-        sum_of_weights = float(full_mass @ weights)
-        raw = weights.clone()
-        if sum_of_weights > 0:
-            scale = len(present) / sum_of_weights
-            # The masses' rounding must not keep weights of 1 from being plain training to the bit.
-            scale = 1.0 if abs(scale - 1.0) < 1e-12 else scale
-            weights *= min(scale, 1.0) if self.total == "at_most" else scale
-        else:
-            weights.zero_()
-            status = Status.NOTHING_USEFUL
-        return self._report(measurement, geometry, raw, weights, status, solution, full_mass)
+            raw[present[chosen]] = solution.weights
+        local, status = self._rescale(raw, full_mass[members], n - len(gone), solution)
+        weights = torch.zeros(n, dtype=torch.float64)
+        weights[members] = local
+        first, curvature = measurement.first_order(local), measurement.curvature(local)
+        target = float(measurement.chosen.target)
+        # ||C w - g||^2 / ||g||^2 for the solver's own weights, before they are rescaled.
+        gap = float(raw @ measurement.chosen.gram @ raw - 2 * measurement.chosen.alignment @ raw) + target
+        everyone = torch.zeros(n, dtype=torch.float64)
+        everyone[members] = measurement.chosen.alignment
+        return _report(
+            weights,
+            status,
+            first_order=first,
+            curvature=curvature,
+            geometry=geometry,
+            offset_drop=float(measurement.offset_drop),
+            relative_residual=max(gap, 0.0) ** 0.5 / target**0.5 if target > 0 else float("nan"),
+            kkt_residual=solution.kkt_residual if solution is not None else float("nan"),
+            iterations=solution.iterations if solution is not None else 0,
+            quarantined=sorted(gone - set(absent)),
+            alignment=everyone,
+            mass=full_mass,
+        )
+
+    def choose(self, alignment: Tensor, mass: Tensor, generator: torch.Generator, absent: Sequence[int] = ()) -> Tensor:
+        """Indices (m,) that the filter picks by alignment alone; one that needs K gets a shortlist instead.
+
+        The shortlist holds the `2 k` candidates of the largest alignment.
+
+        Args:
+            alignment: (n,) of the whole pool.
+            mass, generator, absent: as for `decide`.
+        """
+        gone = set(absent)
+        full_mass = _normalised(mass, gone)
+        present = torch.tensor([i for i in range(len(mass)) if i not in gone], dtype=torch.long)
+        k = min(_budget(self.budget, len(present)), len(present))
+        if self.filter.needs_gram:
+            order = torch.argsort(alignment[present], descending=True, stable=True)
+            return present[order[: 2 * k]].sort().values
+        problem = SelectionProblem(
+            gram=None, alignment=alignment[present], budget=k, mass=full_mass[present], generator=generator
+        )
+        return present[_check_indices(self.filter(problem), problem, self.filter)]
+
+    def share_equally(
+        self, chosen: Tensor, scores: Scores, geometry: str, mass: Tensor, absent: Sequence[int] = ()
+    ) -> Selection:
+        """Equal weights on the chosen candidates, without K: `curvature` is left to the caller (NaN)."""
+        full_mass = _normalised(mass, set(absent))
+        raw = torch.zeros(len(mass), dtype=torch.float64)
+        raw[chosen] = 1.0
+        solution = Solution(raw, Status.OPTIMAL, float("nan")) if len(chosen) else None
+        weights, status = self._rescale(raw, full_mass, len(mass) - len(set(absent)), solution)
+        return _report(
+            weights,
+            status,
+            first_order=scores.offset_drop + float(scores.true @ weights),
+            curvature=float("nan"),
+            geometry=geometry,
+            offset_drop=scores.offset_drop,
+            relative_residual=float("nan"),
+            kkt_residual=float("nan"),
+            iterations=0,
+            quarantined=[],
+            alignment=scores.alignment.clone(),
+            mass=full_mass,
+        )
+
+    def _rescale(self, raw: Tensor, mass: Tensor, count: int, solution: Solution | None) -> tuple[Tensor, Status]:
+        """Weights with `mu'w = n`, n the candidates on offer, and the status of the step."""
+        total = float(mass @ raw)
+        if solution is None or not total > 0:
+            return torch.zeros_like(raw), Status.NOTHING_USEFUL
+        scale = count / total
+        # The masses' rounding must not keep weights of 1 from being plain training to the bit.
+        scale = 1.0 if abs(scale - 1.0) < 1e-12 else scale
+        return raw * (min(scale, 1.0) if self.total == "at_most" else scale), solution.status
 
     def _objective(self, measurement: Measurement, geometry: str) -> tuple[Tensor, Tensor]:
         """K and b of the problem under the chosen objective (DESIGN, section 2)."""
@@ -117,14 +194,14 @@ class Policy:
             return chosen.gram / self.trust, chosen.alignment
         return measurement.gained / self.trust, chosen.alignment - measurement.coupling / self.trust
 
-    def _weigh(self, problem: SelectionProblem, chosen: Tensor) -> Solution:
+    def _weigh(self, problem: SelectionProblem, chosen: Tensor, count: int) -> Solution:
         gram = problem.gram_block(chosen)
         m = len(chosen)
         gram = gram + self.ridge * (gram.trace() / m) * torch.eye(m, dtype=gram.dtype)
         assert problem.mass is not None
         allowed = self.constraints
         if not isinstance(allowed, ConstraintSet):
-            allowed = allowed(problem.mass[chosen], problem.size)
+            allowed = allowed(problem.mass[chosen], count)
         solution = self.solver.solve(gram, problem.alignment[chosen], allowed)
         if solution.weights.shape != (m,) or not bool(torch.isfinite(solution.weights).all()):
             raise SolverError(
@@ -153,42 +230,31 @@ class Policy:
         diagnostics |= {"iterations": 0, "quarantined": [], "alignment": weights * nothing, "mass": weights * nothing}
         return Selection(torch.arange(n), weights, nothing, Status.OVERFLOW, diagnostics)
 
-    def _report(
-        self,
-        measurement: Measurement,
-        geometry: str,
-        raw: Tensor,
-        weights: Tensor,
-        status: Status,
-        solution: Solution | None,
-        mass: Tensor,
-    ) -> Selection:
-        first, curvature = measurement.first_order(weights), measurement.curvature(weights)
-        target = float(measurement.chosen.target)
-        # ||C w - g||^2 / ||g||^2 for the solver's own weights, before they are rescaled.
-        gap = float(raw @ measurement.chosen.gram @ raw - 2 * measurement.chosen.alignment @ raw) + target
-        squares = float(weights.square().sum())
-        diagnostics = {
-            "candidates": len(weights),
-            "geometry": geometry,
-            "first_order": first,
-            "curvature": curvature,
-            "offset_drop": float(measurement.offset_drop),
-            "relative_residual": max(gap, 0.0) ** 0.5 / target**0.5 if target > 0 else float("nan"),
-            "effective_sample_size": float(weights.sum()) ** 2 / squares if squares else 0.0,
-            "kkt_residual": solution.kkt_residual if solution is not None else float("nan"),
-            "iterations": solution.iterations if solution is not None else 0,
-            "quarantined": list(measurement.excluded),
-            "alignment": measurement.chosen.alignment.clone(),
-            "mass": mass,
-        }
-        return Selection(
-            indices=weights.nonzero().flatten(),
-            weights=weights,
-            predicted_drop=first - curvature,
-            status=status,
-            diagnostics=diagnostics,
-        )
+
+def _report(weights: Tensor, status: Status, *, first_order: float, curvature: float, **numbers: Any) -> Selection:
+    squares = float(weights.square().sum())
+    diagnostics = {
+        "candidates": len(weights),
+        "first_order": first_order,
+        "curvature": curvature,
+        "effective_sample_size": float(weights.sum()) ** 2 / squares if squares else 0.0,
+        **numbers,
+    }
+    return Selection(
+        indices=weights.nonzero().flatten(),
+        weights=weights,
+        predicted_drop=first_order - curvature,
+        status=status,
+        diagnostics=diagnostics,
+    )
+
+
+def _normalised(mass: Tensor, gone: set[int]) -> Tensor:
+    """Masses that sum to the number of candidates on offer; 0 for the others."""
+    here = torch.ones(len(mass), dtype=torch.bool)
+    here[list(gone)] = False
+    kept = torch.where(here, mass, 0.0)
+    return kept * (int(here.sum()) / kept.sum())
 
 
 def _check_indices(chosen: Tensor, problem: SelectionProblem, filter: Filter) -> Tensor:

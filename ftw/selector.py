@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,17 @@ from ftw import registry
 from ftw.assembly import GEOMETRIES, REFERENCES, Measurement, groups_of, is_idle, measure
 from ftw.decision import ConstraintMaker, Policy, at_least, one_of
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
+from ftw.filters.all import All
 from ftw.filters.base import Filter
 from ftw.gradients.base import Contributions, GradientExtractor
 from ftw.gradients.recorder import Recorder
+from ftw.gradients.replay import replay_contributions, replay_gradients
 from ftw.gradients.rules import rules_for
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.problem import Selection, Status
+from ftw.scoring import curvature, directions, score
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
 from ftw.target import LossFunction, Target
@@ -37,6 +40,9 @@ from ftw.target import LossFunction, Target
 STATE_VERSION = 1
 
 NOTHING_USEFUL = ("zero", "skip")
+
+TOKEN_GRAM = 1024
+"""Most tokens for which a Gram is formed: its cost grows with the square of their number."""
 
 
 class Selector:
@@ -68,6 +74,19 @@ class Selector:
         refresh, target_batches, ema: see `Target`.
         nothing_useful: what `apply()` leaves when no candidate helps: "zero" gradients (momentum and decay still act),
             or "skip": `p.grad = None`, a kept residual included, so that the optimizer's step does nothing.
+        reference: what the coming step's second moment is predicted from: "pool" (the sum of the contributions),
+            "target" (the target gradient) or "previous" (the second moment as the last step left it; the target's
+            gradient at a parameter's first step, where a cap forbids to wait for the pool's).
+        memory_cap: bound in bytes on what a window keeps of its contributions. A window that outgrows it raises
+            `MemoryCapError` with `reference="pool"`; with "target" or "previous" M is known before the backward, so
+            only alignments are kept, and the best candidates are run again: k of them, 2k for a filter that needs K.
+        granularity: "sample", or "token": the tokens of the model's (rows, T) inputs are the candidates, numbered
+            row by row. Filters that need no K ("topk") and solver "uniform" scale to any number of tokens.
+        uncovered: what happens to trainable parameters of layers without a rule: "error", "scale" (they do not take
+            part in the selection, and their gradient is formed with the selected weights by a second backward of the
+            chosen rows) or "ignore" (they keep the gradient that the trainer's backward made, unweighted).
+        functional: names or classes of modules whose contributions `torch.func` works out, candidate by candidate:
+            for modules without a rule whose rows do not depend on each other.
         residual: gradient that no candidate owns: "error", or "keep" to add it unweighted.
         lean: form no pool gradient in the backward. False leaves the trainer's `p.grad` in place until `apply()`.
         check: audit identity and completeness in the first record.
@@ -151,6 +170,8 @@ class Selector:
         self.warmup = warmup
         self.nothing_useful = nothing_useful
         self.reference = reference
+        self.granularity = granularity
+        self.uncovered = uncovered
         self._generator = torch.Generator().manual_seed(seed)
         extractor: GradientExtractor = registry.resolve("gradients", gradients)
         self.preconditioner: Preconditioner = (
@@ -176,7 +197,8 @@ class Selector:
         self._loss_scale = 1.0
         self._scaled = False
         self._equal_mass = True
-        self._decided: tuple[Selection, Contributions] | None = None
+        self._decided: Decided | None = None
+        self._early: dict[Parameter, Tensor] | None = None
         self._before: tuple[int, Tensor, Any] = (0, self._generator.get_state(), self.target.snapshot())
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -214,6 +236,8 @@ class Selector:
                 "step must share it; pass the same scaler each time and update it after the step."
             )
         before = self._recorder.count
+        if not before:
+            self._begin_window()
         with self._recorder.record(loss_scale=scale, candidates=candidates):
             yield
             if before and (mass is None) != self._equal_mass:
@@ -237,7 +261,7 @@ class Selector:
         """
         if self._decided is not None:
             raise RecordingError("select() was called twice for one window; record() the next step first.")
-        return self._decide()[0]
+        return self._decide().selection
 
     def apply(self) -> Selection:
         """Write `sum_i w_i c_i` to `p.grad`; then clip, step and zero the gradients as usual.
@@ -245,18 +269,20 @@ class Selector:
         Raises:
             As `select()`; `p.grad` is then as it was.
         """
-        selection, contributions = self._decide() if self._decided is None else self._decided
+        decided = self._decide() if self._decided is None else self._decided
         try:
-            self._write(selection, contributions)
+            self._write(decided)
         except BaseException:
             self._restore(self._before)
             self._decided = None
             raise
         self._clear()
-        return selection
+        return decided.selection
 
     def discard(self) -> None:
         """Forget what was recorded since the last step."""
+        if self._early is not None and self._decided is None:
+            self._restore(self._before)
         self._clear()
 
     def close(self) -> None:
@@ -299,7 +325,7 @@ class Selector:
 
     # -- deciding --------------------------------------------------------------------------------------------------
 
-    def _decide(self) -> tuple[Selection, Contributions]:
+    def _decide(self) -> Decided:
         if self._recorder.active:
             raise RecordingError(
                 "apply() or select() was called inside record(), where the backward may still be under way; leave the "
@@ -310,33 +336,138 @@ class Selector:
                 "nothing was recorded since the last step; run forward and backward inside `with selector.record():` "
                 "before apply() or select()."
             )
-        self._before = self._step, self._generator.get_state(), self.target.snapshot()
+        if self._early is None:
+            self._before = self._step, self._generator.get_state(), self.target.snapshot()
         try:
-            contributions = self._recorder.contributions()
-            measurement: Measurement | None
-            try:
-                measurement, geometry = self._measure(contributions)
-            except NonFiniteError:
-                # Under a GradScaler overflow is routine: the scaler must see it, skip the step and back off.
-                if not (self._scaled and self._overflows(contributions)):
-                    raise
-                measurement, geometry = None, self.geometry
-            if measurement is None or (self._scaled and measurement.excluded):
-                self._restore(self._before)
-                selection = self.policy.overflow(contributions.count, geometry)
-            else:
-                contributions = contributions.without(measurement.excluded)
-                selection = self.policy.decide(measurement, geometry, torch.cat(self._masses), self._generator)
-                self._step += 1
-                selection.diagnostics["step"] = self._step
-                if is_idle(self.optimizer):
-                    selection.diagnostics.update(first_order=0.0, curvature=0.0, offset_drop=0.0)
-                    selection = replace(selection, predicted_drop=0.0)
+            decided = self._decide_window()
         except BaseException:
             self._restore(self._before)
             raise
-        self._decided = selection, contributions
-        return self._decided
+        self._decided = decided
+        return decided
+
+    def _decide_window(self) -> Decided:
+        if self._recorder.window.alignment is not None:
+            decided = self._decide_beyond_cap()
+        elif self.granularity == "token":
+            decided = self._decide_tokens()
+        else:
+            decided = self._decide_samples()
+        selection = decided.selection
+        if selection.status != Status.OVERFLOW:
+            self._step += 1
+            selection.diagnostics["step"] = self._step
+            if is_idle(self.optimizer):
+                selection.diagnostics.update(first_order=0.0, curvature=0.0, offset_drop=0.0)
+                decided = decided._replace(selection=replace(selection, predicted_drop=0.0))
+        return decided
+
+    def _decide_samples(self, absent: Sequence[int] = ()) -> Decided:
+        """The usual way: everything was kept, and b and K are measured on all candidates."""
+        contributions = self._recorder.contributions()
+        geometry = self._geometry()
+        try:
+            measurement = self._measure(contributions, geometry)
+        except NonFiniteError:
+            # Under a GradScaler overflow is routine: the scaler must see it, skip the step and back off.
+            if not (self._scaled and self._overflows(contributions)):
+                raise
+            return self._overflow(contributions, geometry)
+        if self._scaled and measurement.excluded:
+            return self._overflow(contributions, geometry)
+        contributions = contributions.without(measurement.excluded)
+        selection = self.policy.decide(measurement, geometry, self._mass(), self._generator, absent=absent)
+        if contributions.error is not None:
+            selection.diagnostics["sketch_error"] = contributions.error
+        return Decided(selection, contributions)
+
+    def _decide_beyond_cap(self) -> Decided:
+        """Alignments are all that is left of the pool: the best are run again, and measured on their own."""
+        window, geometry = self._recorder.window, self._geometry()
+        assert window.alignment is not None
+        alignment = window.alignment.cpu()
+        absent = (~torch.isfinite(alignment)).nonzero().flatten().tolist()
+        if absent and (self._scaled or len(absent) == len(alignment)):
+            if not self._scaled:
+                raise NonFiniteError(
+                    f"all {len(alignment)} candidates of the pool have NaN or infinite contributions; there is nothing "
+                    "to select; lower the learning rate or look at the loss."
+                )
+            return self._overflow(None, geometry)
+        members = self.policy.choose(alignment, self._mass(), self._generator, absent)
+        contributions = replay_contributions(self._recorder, members)
+        self._check_replay(contributions, alignment[members])
+        # At a parameter's first step the direction was made with g as reference; so is this.
+        measurement = self._measure(contributions, geometry, self._early)
+        policy = self.policy if self.policy.filter.needs_gram else replace(self.policy, filter=All())
+        selection = policy.decide(measurement, geometry, self._mass(), self._generator, members=members, absent=absent)
+        selection.diagnostics.update(
+            alignment=alignment, quarantined=absent, replayed=members.tolist(), geometry=geometry
+        )
+        return Decided(selection, contributions, members)
+
+    def _decide_tokens(self) -> Decided:
+        """Tokens are scored by alignment; K is formed only for those that a solver needs it for."""
+        contributions, geometry = self._recorder.contributions(), self._geometry()
+        target, residual = self._target(), self._recorder.residual
+        parts = self.optimizer, self.preconditioner, target, residual
+        scores = score(contributions, *parts, geometry, self.reference)
+        finite = torch.isfinite(scores.alignment)
+        if not bool(finite.all()):
+            if self._scaled:
+                return self._overflow(contributions, geometry)
+            raise NonFiniteError(
+                f"{int((~finite).sum())} tokens have NaN or infinite contributions, and through attention they are in "
+                "every gradient of their rows; discard() the step, or use granularity='sample', which drops the row."
+            )
+        # Padding, and tokens behind the last label, carry no gradient: they are not on offer.
+        absent = (scores.alignment == 0).nonzero().flatten().tolist()
+        if len(absent) == len(finite):
+            absent = []
+        if self.policy.filter.needs_gram:
+            _refuse_large_gram(len(finite) - len(absent), f"filter {type(self.policy.filter).__name__}")
+            decided = self._decide_samples(absent)
+        else:
+            chosen = self.policy.choose(scores.alignment, self._mass(), self._generator, absent)
+            if self.policy.solver.needs_gram and len(chosen):
+                _refuse_large_gram(len(chosen), f"solver {type(self.policy.solver).__name__}")
+                members = contributions.only(chosen)
+                total = contributions.combine() if self.reference == "pool" else None
+                measurement = measure(members, *parts, geometry, self.reference, total)
+                policy = replace(self.policy, filter=All())
+                selection = policy.decide(
+                    measurement, geometry, self._mass(), self._generator, members=chosen, absent=absent
+                )
+                selection.diagnostics["alignment"] = scores.alignment
+                decided = Decided(selection, contributions)
+            else:
+                selection = self.policy.share_equally(chosen, scores, geometry, self._mass(), absent)
+                combined = contributions.combine(selection.weights)
+                total = contributions.combine() if self.reference == "pool" else None
+                bend = curvature(combined, *parts, self.reference, total)
+                selection.diagnostics["curvature"] = bend
+                drop = selection.diagnostics["first_order"] - bend
+                decided = Decided(replace(selection, predicted_drop=drop), contributions)
+        shapes = {tuple(f.layout.owner.shape) for f in self._recorder.window.forwards if f.layout.owner is not None}
+        if len({shape[1] for shape in shapes}) == 1:
+            decided.selection.diagnostics["token_alignment"] = scores.alignment.view(-1, shapes.pop()[1])
+        return decided
+
+    def _overflow(self, contributions: Contributions | None, geometry: str) -> Decided:
+        self._restore(self._before)
+        return Decided(self.policy.overflow(self._recorder.count, geometry), contributions)
+
+    def _check_replay(self, contributions: Contributions, expected: Tensor) -> None:
+        """What was run again must be what was recorded: dropout, aux losses and the like would show here."""
+        assert self._recorder.direction is not None
+        found = contributions.alignment(self._recorder.direction)
+        gap, size = float((found - expected).abs().max()), float(expected.abs().max())
+        if not gap <= min(1e4 * self._recorder.precision, 0.05) * size:
+            raise RecordingError(
+                f"the chosen candidates were run again and came out different: alignments differ by {gap:.3g} of "
+                f"{size:.3g}; the forward must be a function of its inputs and of torch's random state, and the loss "
+                "of the model's logits alone; raise memory_cap so that nothing is run again, or use LoRA."
+            )
 
     def _overflows(self, contributions: Contributions) -> bool:
         return bool(contributions.nonfinite_candidates()) or not all_finite(self._recorder.residual.values())
@@ -346,49 +477,104 @@ class Selector:
         self._generator.set_state(before[1])
         self.target.restore(before[2])
 
-    def _measure(self, contributions: Contributions) -> tuple[Measurement, str]:
-        # g of everything that can be recorded, whatever this window used: its schedule must not depend on that.
-        recorded = self._recorder.parameters
-        names = {name: p for name, p in self.model.named_parameters() if p in recorded}
-        with self._recorder.autocast():
-            target = self.target.gradient(self.model, names)
-        geometry = "vanilla" if self._is_cold(contributions) else self.geometry
-        residual = self._recorder.residual
-        return measure(
-            contributions, self.optimizer, self.preconditioner, target, residual, geometry, self.reference
-        ), geometry
+    def _mass(self) -> Tensor:
+        return torch.cat(self._masses)
 
-    def _is_cold(self, contributions: Contributions) -> bool:
-        groups = groups_of(self.optimizer, contributions)
-        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in contributions.parameters]
-        return any(age is not None and age < self.warmup for age in ages)
+    def _target(self) -> dict[Parameter, Tensor]:
+        """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
+        if self._early is None:
+            recorded = self._recorder.parameters
+            names = {name: p for name, p in self.model.named_parameters() if p in recorded}
+            with self._recorder.autocast():
+                return self.target.gradient(self.model, names)
+        return self._early
+
+    def _measure(
+        self, contributions: Contributions, geometry: str, total: Mapping[Parameter, Tensor] | None = None
+    ) -> Measurement:
+        parts = self.optimizer, self.preconditioner, self._target(), self._recorder.residual
+        return measure(contributions, *parts, geometry, self.reference, total)
+
+    def _geometry(self) -> str:
+        """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
+        recorded = [p for p in self.model.parameters() if p in self._recorder.parameters]
+        groups = groups_of(self.optimizer, recorded)
+        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in recorded]
+        return "vanilla" if any(age is not None and age < self.warmup for age in ages) else self.geometry
+
+    def _begin_window(self) -> None:
+        """Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward."""
+        if self._recorder.memory_cap is None or self.reference == "pool":
+            return
+        self._before = self._step, self._generator.get_state(), self.target.snapshot()
+        try:
+            self._early = self._target()
+            self._recorder.direction = directions(
+                self._early, self.optimizer, self.preconditioner, self._early, self._geometry(), self.reference
+            )
+        except BaseException:
+            self._restore(self._before)
+            self._early = None
+            raise
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _write(self, selection: Selection, contributions: Contributions) -> None:
-        residual = self._recorder.residual
+    def _write(self, decided: Decided) -> None:
+        selection = decided.selection
+        uncovered = [p for p in self._recorder.uncovered if self.uncovered == "scale"]
+        recorded = [p for p in self.model.parameters() if p in self._recorder.parameters]
+        gradients: dict[Parameter, Tensor | None]
         if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
-            gradients: dict[Parameter, Tensor | None] = dict.fromkeys(contributions.parameters)
+            gradients = dict.fromkeys([*recorded, *uncovered])
+        elif decided.contributions is None:  # an overflow beyond the memory cap: the scaler must see one
+            gradients = {p: torch.full_like(p, float("inf")) for p in recorded}
         else:
-            combined = contributions.combine(selection.weights)
-            if selection.status != Status.OVERFLOW and not all_finite(combined.values()):
-                raise NonFiniteError(
-                    "the weighted gradient overflows although every chosen contribution is finite; it was not written; "
-                    "discard() this step, and lower the loss or the cap."
-                )
-            for p, rest in residual.items():
-                combined[p] = combined[p] + rest if p in combined else rest
-            gradients = {p: g * self._loss_scale if self._loss_scale != 1.0 else g for p, g in combined.items()}
+            gradients = dict(self._combine(decided, uncovered))
         for p, gradient in gradients.items():
             if gradient is None or p.grad is None:
                 p.grad = gradient
             else:
                 p.grad.copy_(gradient)
 
+    def _combine(self, decided: Decided, uncovered: list[Parameter]) -> dict[Parameter, Tensor]:
+        selection, contributions, members = decided
+        assert contributions is not None
+        combined = contributions.combine(selection.weights if members is None else selection.weights[members])
+        for p, rest in self._recorder.residual.items():
+            combined[p] = combined[p] + rest if p in combined else rest
+        if self._loss_scale != 1.0:
+            combined = {p: g * self._loss_scale for p, g in combined.items()}
+        if uncovered:
+            combined |= replay_gradients(self._recorder, selection.weights, uncovered)
+        if selection.status != Status.OVERFLOW and not self._scaled and not all_finite(combined.values()):
+            raise NonFiniteError(
+                "the weighted gradient overflows although every chosen contribution is finite; it was not written; "
+                "discard() this step, and lower the loss or the cap."
+            )
+        return combined
+
     def _clear(self) -> None:
         self._recorder.clear()
+        self._recorder.direction = None
         self._masses = []
         self._decided = None
+        self._early = None
+
+
+class Decided(NamedTuple):
+    """A step that is decided and not yet written."""
+
+    selection: Selection
+    contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
+    members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
+
+
+def _refuse_large_gram(count: int, who: str) -> None:
+    if count > TOKEN_GRAM:
+        raise ConfigurationError(
+            f"{who} needs the Gram of {count} tokens; up to {TOKEN_GRAM} are formed with granularity='token'; use "
+            "filter='topk' and solver='uniform', which need alignments alone, or a smaller budget."
+        )
 
 
 def _mass(mass: Any, rows: int) -> Tensor:

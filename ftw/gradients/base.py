@@ -116,9 +116,20 @@ class Contributions:
         """Parameters for which something was recorded."""
         return list(self._pieces)
 
+    @property
+    def error(self) -> float | None:
+        """Estimated relative error of the products that were read; None: they are exact."""
+        return None
+
     def without(self, excluded: tuple[int, ...]) -> Contributions:
         """The same contributions with these candidates in quarantine."""
         return type(self)(self._pieces, self.count, excluded=excluded, block_bytes=self.block_bytes)
+
+    def only(self, members: Tensor) -> Contributions:
+        """The contributions of these candidates, (m,), numbered anew in their order."""
+        chosen = members.tolist()
+        pieces = {p: [piece.only(chosen) for piece in kept] for p, kept in self._pieces.items()}
+        return Contributions(pieces, len(chosen), block_bytes=self.block_bytes)
 
     def numel(self) -> int:
         """Numbers kept in memory."""

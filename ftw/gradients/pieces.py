@@ -9,7 +9,9 @@ kept by an extractor, read by `Contributions`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +67,10 @@ class Piece(ABC):
     @abstractmethod
     def alignment(self, direction: Tensor) -> Tensor:  # (*shape) -> (count,)
         """Each candidate's gradient along a direction, without writing the gradients out; in `dtype`."""
+
+    @abstractmethod
+    def only(self, members: Sequence[int]) -> Piece:
+        """The piece of these candidates of the window, numbered anew in their order; zero for those it lacks."""
 
     def touched_rows(self) -> Tensor | None:
         """The only rows that can be non-zero, ascending; None: all."""
@@ -124,6 +130,13 @@ class Dense(Piece):
     def alignment(self, direction: Tensor) -> Tensor:
         return self.values.flatten(1) @ direction.to(self.dtype).flatten()
 
+    def only(self, members: Sequence[int]) -> Dense:
+        values = self.values.new_zeros(len(members), *self.shape)
+        for new, old in enumerate(members):
+            if self.start <= old < self.start + self.count:
+                values[new] = self.values[old - self.start]
+        return replace(self, start=0, values=values)
+
 
 @dataclass(frozen=True)
 class TokenPiece(Piece):
@@ -132,6 +145,7 @@ class TokenPiece(Piece):
     bounds: tuple[int, ...]  # (count + 1,)
     grads: Tensor  # B, (N, d_out): the gradient at each token
     scale: float  # one over the loss scale
+    tokenwise: ClassVar[tuple[str, ...]] = ("grads",)
 
     @property
     def count(self) -> int:
@@ -168,6 +182,17 @@ class TokenPiece(Piece):
         lengths = torch.tensor([self.bounds[i + 1] - self.bounds[i] for i in kept], device=self.device)
         return index, kept_factor.repeat_interleave(lengths)[:, None]
 
+    def only(self, members: Sequence[int]) -> TokenPiece:
+        bounds, spans = [0], []
+        for each in members:
+            own = self.start <= each < self.start + self.count
+            first, last = self.bounds[each - self.start : each - self.start + 2] if own else (0, 0)
+            bounds.append(bounds[-1] + last - first)
+            spans.append(torch.arange(first, last, device=self.device))
+        index = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long, device=self.device)
+        tokens = {name: getattr(self, name)[index] for name in self.tokenwise}
+        return replace(self, start=0, bounds=tuple(bounds), **tokens)
+
     def token_alignment(self, direction: Tensor) -> Tensor:  # (*shape) -> (N,)
         """Each token's own share of `alignment`; in `dtype`."""
         raise NotImplementedError
@@ -190,6 +215,7 @@ class OuterProduct(TokenPiece):
 
     inputs: Tensor  # A, (N, d_in)
     first_row: int = 0
+    tokenwise: ClassVar[tuple[str, ...]] = ("grads", "inputs")
 
     @property
     def numel(self) -> int:
@@ -308,6 +334,7 @@ class RowScatter(TokenPiece):
     """A look-up table's gradient: `c_i = scale * sum_t e(row_of[t]) grads[t]'`, e the unit vector of a row."""
 
     row_of: Tensor  # (N,) int64; -1 where the look-up has no gradient (padding_idx)
+    tokenwise: ClassVar[tuple[str, ...]] = ("grads", "row_of")
 
     @property
     def numel(self) -> int:

@@ -203,6 +203,11 @@ class Recorder:
         return {p for layer in self._layers for p in layer.parameters.values()}
 
     @property
+    def precision(self) -> float:
+        """The coarsest machine epsilon among the gradients that were recorded."""
+        return self._precision
+
+    @property
     def loss_scale(self) -> float:
         """What the loss of the last block was multiplied with."""
         return 1.0 / self._scale
@@ -560,7 +565,7 @@ class Recorder:
         """Keep alignments in place of the pieces, and of those to come."""
         if self.direction is None:
             raise MemoryCapError(
-                f"the window's contributions take {self.window.kept_bytes / 2**20:.1f} MiB so far, more than "
+                f"the window's contributions take {self.window.kept_bytes} bytes so far, more than "
                 f"memory_cap={self.memory_cap} bytes; all of them are needed until the step, because its scale M "
                 "is read from their sum; choose reference='previous' or 'target', a smaller window, or a larger cap."
             )

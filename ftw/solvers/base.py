@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ class WeightSolver(ABC):
 
     tolerance: float = 1e-8
     """Largest relative KKT residual that is called optimal."""
+
+    needs_gram: ClassVar[bool] = True
+    """Whether the weights depend on K; those of one that says no are equal."""
 
     def solve(
         self,

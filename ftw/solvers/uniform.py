@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ class Uniform(WeightSolver):
     """
 
     tolerance: float = math.inf
+    needs_gram: ClassVar[bool] = False
 
     def _solve(self, gram: Tensor, alignment: Tensor, constraints: ConstraintSet) -> Solution:
         n = alignment.numel()

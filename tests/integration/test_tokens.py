@@ -1,0 +1,150 @@
+"""Tokens as candidates: alignments, filtering and weights per position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ftw
+from ftw.errors import CandidateLayoutError, ConfigurationError
+from ftw.gradients import Recorder
+from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
+
+
+def selector_for(model: Any, optimizer: Any, **options: Any) -> ftw.Selector:
+    return ftw.Selector(
+        model, optimizer, target=[batch_of(4, seed=50)], loss_fn=token_mean, granularity="token", warmup=1, **options
+    )
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lora_llama])
+def test_tokens_add_up_to_their_sample(make: Any) -> None:
+    model, batch = make(), batch_of(4)
+    whole, parts = Recorder(model), Recorder(model, granularity="token")
+    for recorder in (whole, parts):
+        for _ in range(2):
+            recorder.clear()
+            with recorder.record():
+                token_mean(model, batch).backward()
+    samples, tokens = whole.contributions(), parts.contributions()
+    assert tokens.count == 4 * 11
+    for p in samples.parameters:
+        found = tokens.per_candidate(p).unflatten(0, (4, 11)).sum(1)
+        torch.testing.assert_close(found, samples.per_candidate(p), rtol=1e-10, atol=1e-14)
+    direction = {p: torch.randn_like(p) for p in samples.parameters}
+    found = tokens.alignment(direction).view(4, 11)
+    torch.testing.assert_close(found.sum(1), samples.alignment(direction), rtol=1e-10, atol=1e-12)
+    padding = batch["attention_mask"] == 0
+    assert not found[padding].any()
+
+
+def test_scores_and_equal_weights_without_a_gram() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = selector_for(model, optimizer, filter="topk", solver="uniform", budget=0.5)
+    for step in range(3):
+        batch = batch_of(6, seed=step)
+        with selector.record():
+            token_mean(model, batch).backward()
+        selection = selector.apply()
+        live = int((selection.diagnostics["token_alignment"] != 0).sum())
+        assert selection.diagnostics["token_alignment"].shape == (6, 11)
+        assert len(selection.indices) == round(live / 2)
+        chosen = selection.weights[selection.indices]
+        torch.testing.assert_close(chosen, torch.full_like(chosen, live / len(chosen)))
+        worst_in = selection.diagnostics["alignment"][selection.indices].min()
+        rest = selection.diagnostics["alignment"].clone()
+        rest[selection.indices] = -torch.inf
+        rest[rest == 0] = -torch.inf  # padding is not on offer
+        assert worst_in >= rest.max()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_without_a_gram_the_prediction_is_that_of_the_gram() -> None:
+    """The same tokens with equal weights, once by the n x n numbers and once without them."""
+    reports = []
+    for solver in ("uniform", EqualByGram()):
+        model = tiny_llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        selector = selector_for(model, optimizer, filter="topk", solver=solver, budget=9, ridge=0.0)
+        for step in range(3):
+            with selector.record():
+                token_mean(model, batch_of(6, seed=step)).backward()
+            selection = selector.apply()
+            optimizer.step()
+            optimizer.zero_grad()
+        reports.append(selection)
+    assert torch.equal(reports[0].indices, reports[1].indices)
+    for name in ("first_order", "curvature", "offset_drop"):
+        assert reports[0].diagnostics[name] == pytest.approx(reports[1].diagnostics[name], rel=1e-9)
+
+
+class EqualByGram(ftw.solvers.Uniform):
+    needs_gram = True
+
+
+def test_weighted_tokens_make_the_weighted_gradient() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = selector_for(model, optimizer, filter="topk", budget=12)
+    recorder = Recorder(tiny_llama(), granularity="token")
+    twin = recorder.model
+    batch = batch_of(5)
+    with selector.record():
+        token_mean(model, batch).backward()
+    selection = selector.apply()
+    with recorder.record():
+        token_mean(twin, batch).backward()
+    expected = recorder.contributions()
+    assert len(selection.weights[selection.indices].unique()) > 1
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        value = torch.tensordot(selection.weights, expected.per_candidate(q), dims=1)
+        torch.testing.assert_close(p.grad, value, rtol=1e-9, atol=1e-13)
+
+
+def test_greedy_on_few_tokens() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = selector_for(model, optimizer, budget=5)
+    batch = batch_of(5)
+    with selector.record():
+        token_mean(model, batch).backward()
+    selection = selector.apply()
+    assert 0 < len(selection.indices) <= 5
+    live = int((batch["attention_mask"]).sum())
+    assert float(selection.diagnostics["mass"].sum()) <= live
+
+
+def test_a_gram_of_too_many_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftw.selector.TOKEN_GRAM", 10)
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = selector_for(model, optimizer, budget=0.5)
+    with selector.record():
+        token_mean(model, batch_of(5)).backward()
+    with pytest.raises(ConfigurationError, match="filter='topk' and solver='uniform'"):
+        selector.apply()
+
+
+def test_rows_without_tokens_are_refused() -> None:
+    recorder = Recorder(MLP(), granularity="token", check=False)
+    with pytest.raises(CandidateLayoutError), recorder.record():
+        recorder.model(torch.randn(4, 6, dtype=torch.float64)).square().mean().backward()
+
+
+def test_maps_do_not_go_with_tokens() -> None:
+    recorder = Recorder(tiny_llama(), granularity="token")
+    with pytest.raises(ConfigurationError, match="granularity"), recorder.record(candidates=torch.arange(4)):
+        pass
+
+
+def test_mass_of_tokens_is_theirs() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = selector_for(model, optimizer, filter="topk", solver="uniform")
+    batch = batch_of(4)
+    with pytest.raises(ConfigurationError, match="mass"), selector.record(mass=label_tokens(batch)):
+        token_mean(model, batch).backward()
