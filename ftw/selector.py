@@ -8,6 +8,7 @@ Longer than others because of the arguments, which are documented and checked wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,14 +26,15 @@ from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.filters.all import All
 from ftw.filters.base import Filter
 from ftw.gradients.base import Contributions, GradientExtractor
+from ftw.gradients.coverage import CoverageTable, describe
 from ftw.gradients.recorder import Recorder
 from ftw.gradients.replay import replay_contributions, replay_gradients
-from ftw.gradients.rules import rules_for
+from ftw.gradients.rules import LayerRule, rules_for
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.problem import Selection, Status
-from ftw.scoring import curvature, directions, score
+from ftw.scoring import Scores, curvature, directions, score
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
 from ftw.target import LossFunction, Target
@@ -55,7 +57,7 @@ class Selector:
         loss_fn: loss of a target batch, `loss_fn(model, batch) -> ()`; default `model(**batch).loss`.
         budget: k; an int, or a float in (0, 1] for a fraction of the pool (rounded, at least 1). A pool smaller than
             an int budget keeps all its candidates.
-        gradients: extractor: "auto", "full", "lora", "factorized", a class or an instance.
+        gradients: extractor: "auto", "full", "lora", "factorized", "projection", a class or an instance.
         preconditioner: "auto" (by the optimizer's type), a name, a class or an instance.
         filter, solver: a name (`ftw list` shows them), a class or an instance.
         constraints: set of weights that the solver minimises over, or a `ConstraintMaker`; default
@@ -86,7 +88,7 @@ class Selector:
             part in the selection, and their gradient is formed with the selected weights by a second backward of the
             chosen rows) or "ignore" (they keep the gradient that the trainer's backward made, unweighted).
         functional: names or classes of modules whose contributions `torch.func` works out, candidate by candidate:
-            for modules without a rule whose rows do not depend on each other.
+            for modules without a rule whose rows do not depend on each other. A `LayerRule` of your own goes here too.
         residual: gradient that no candidate owns: "error", or "keep" to add it unweighted.
         lean: form no pool gradient in the backward. False leaves the trainer's `p.grad` in place until `apply()`.
         check: audit identity and completeness in the first record.
@@ -125,7 +127,7 @@ class Selector:
         memory_cap: int | None = None,
         granularity: str = "sample",
         uncovered: str = "error",
-        functional: Sequence[str | type[nn.Module]] = (),
+        functional: Sequence[str | type[nn.Module] | LayerRule] = (),
         residual: str = "error",
         lean: bool = True,
         check: bool = True,
@@ -139,6 +141,17 @@ class Selector:
             raise ConfigurationError(
                 "objective='utility' with geometry='update' has no meaning: utility is in nats, the update geometry "
                 "is not; choose geometry='curvature' or 'vanilla', or objective='match'."
+            )
+        if granularity == "token" and (uncovered == "scale" or memory_cap is not None):
+            other = "uncovered='scale'" if uncovered == "scale" else "memory_cap"
+            raise ConfigurationError(
+                f"granularity='token' was given together with {other}, which runs whole rows again; "
+                "tokens cannot be run by themselves; use granularity='sample', or leave the other out."
+            )
+        if objective == "utility" and (granularity == "token" or memory_cap is not None):
+            raise ConfigurationError(
+                "objective='utility' was given together with granularity='token' or memory_cap, which choose by "
+                "alignment alone; utility needs the offset's part as well; use objective='match'."
             )
         if constraints is not None and cap is not None:
             raise ConfigurationError(
@@ -192,12 +205,15 @@ class Selector:
             granularity=granularity,
             memory_cap=memory_cap,
         )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _warn_of_processes(torch.distributed.get_world_size())
         self._step = 0
         self._masses: list[Tensor] = []
         self._loss_scale = 1.0
         self._scaled = False
         self._equal_mass = True
         self._decided: Decided | None = None
+        self._uncovered_proved = False
         self._early: dict[Parameter, Tensor] | None = None
         self._before: tuple[int, Tensor, Any] = (0, self._generator.get_state(), self.target.snapshot())
 
@@ -238,6 +254,16 @@ class Selector:
         before = self._recorder.count
         if not before:
             self._begin_window()
+        try:
+            yield from self._record(before, scale, mass, candidates)
+        except BaseException:
+            if not self._recorder.count:  # the window has not begun: g was worked out for nothing
+                self._forget_early()
+            raise
+        # Only now: the recorder checks the block on its way out, and may still drop it.
+        self._loss_scale, self._scaled, self._equal_mass = scale, scaled, mass is None
+
+    def _record(self, before: int, scale: float, mass: Any, candidates: Any) -> Iterator[None]:
         with self._recorder.record(loss_scale=scale, candidates=candidates):
             yield
             if before and (mass is None) != self._equal_mass:
@@ -246,9 +272,7 @@ class Selector:
                     "compared; pass it for all or for none."
                 )
             masses = _mass(mass, self._recorder.count - before)
-        # Only now: the recorder checks the block on its way out, and may still drop it.
         self._masses.append(masses)
-        self._loss_scale, self._scaled, self._equal_mass = scale, scaled, mass is None
 
     def select(self) -> Selection:
         """Indices and weights of the window, gradients untouched; ends the window.
@@ -273,7 +297,7 @@ class Selector:
         try:
             self._write(decided)
         except BaseException:
-            self._restore(self._before)
+            self._undo()
             self._decided = None
             raise
         self._clear()
@@ -281,14 +305,18 @@ class Selector:
 
     def discard(self) -> None:
         """Forget what was recorded since the last step."""
-        if self._early is not None and self._decided is None:
-            self._restore(self._before)
+        if self._decided is None:
+            self._forget_early()
         self._clear()
 
     def close(self) -> None:
         """Remove all hooks from the model and release what was recorded."""
         self._clear()
         self._recorder.close()
+
+    def coverage(self) -> CoverageTable:
+        """How each trainable parameter of the model is handled; printed, it is a table."""
+        return describe(self.model, self._recorder.layers, self._recorder.uncovered, self.uncovered)
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
@@ -303,11 +331,13 @@ class Selector:
                 f"{self._recorder.count} candidates are recorded and not yet applied; state can be saved between steps "
                 "only; call apply() or discard() first."
             )
+        autocast = self._recorder.autocast_state
         return {
             "version": STATE_VERSION,
             "step": self._step,
             "generator": self._generator.get_state(),
             "target": self.target.state_dict(),
+            "autocast": None if autocast is None else (autocast[0], str(autocast[1]).removeprefix("torch.")),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -322,6 +352,8 @@ class Selector:
         self.target.load_state_dict(state["target"])
         self._clear()
         self._step, self._generator = step, generator
+        autocast = state.get("autocast")
+        self._recorder.autocast_state = None if autocast is None else (autocast[0], getattr(torch, autocast[1]))
 
     # -- deciding --------------------------------------------------------------------------------------------------
 
@@ -341,7 +373,7 @@ class Selector:
         try:
             decided = self._decide_window()
         except BaseException:
-            self._restore(self._before)
+            self._undo()
             raise
         self._decided = decided
         return decided
@@ -376,6 +408,11 @@ class Selector:
         if self._scaled and measurement.excluded:
             return self._overflow(contributions, geometry)
         contributions = contributions.without(measurement.excluded)
+        if self.policy.solver.needs_gram:
+            # A candidate without gradient (all its labels masked) would take weight from the others for nothing.
+            idle = (measurement.true.gram.diagonal() == 0).nonzero().flatten().tolist()
+            if len(idle) + len(measurement.excluded) < contributions.count:
+                absent = sorted({*absent, *idle} - {*measurement.excluded})
         selection = self.policy.decide(measurement, geometry, self._mass(), self._generator, absent=absent)
         if contributions.error is not None:
             selection.diagnostics["sketch_error"] = contributions.error
@@ -395,6 +432,9 @@ class Selector:
                 )
             return self._overflow(None, geometry)
         members = self.policy.choose(alignment, self._mass(), self._generator, absent)
+        if not len(members):
+            scores = Scores(alignment, alignment, float("nan"))
+            return Decided(self.policy.share_equally(members, scores, geometry, self._mass(), absent), None, members)
         contributions = replay_contributions(self._recorder, members)
         self._check_replay(contributions, alignment[members])
         # At a parameter's first step the direction was made with g as reference; so is this.
@@ -421,7 +461,7 @@ class Selector:
                 "every gradient of their rows; discard() the step, or use granularity='sample', which drops the row."
             )
         # Padding, and tokens behind the last label, carry no gradient: they are not on offer.
-        absent = (scores.alignment == 0).nonzero().flatten().tolist()
+        absent = (~contributions.reached()).nonzero().flatten().tolist()
         if len(absent) == len(finite):
             absent = []
         if self.policy.filter.needs_gram:
@@ -477,14 +517,23 @@ class Selector:
         self._generator.set_state(before[1])
         self.target.restore(before[2])
 
+    def _undo(self) -> None:
+        """Back to before the decision, so that it can be tried again; an early g stays with its window."""
+        step, generator, target = self._before
+        self._restore((step, generator, target if self._early is None else self.target.snapshot()))
+
+    def _forget_early(self) -> None:
+        if self._early is not None:
+            self._restore(self._before)
+            self._early, self._recorder.direction = None, None
+
     def _mass(self) -> Tensor:
         return torch.cat(self._masses)
 
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
         if self._early is None:
-            recorded = self._recorder.parameters
-            names = {name: p for name, p in self.model.named_parameters() if p in recorded}
+            names = {name: p for p, name in self._recorder.parameters.items()}
             with self._recorder.autocast():
                 return self.target.gradient(self.model, names)
         return self._early
@@ -497,7 +546,7 @@ class Selector:
 
     def _geometry(self) -> str:
         """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
-        recorded = [p for p in self.model.parameters() if p in self._recorder.parameters]
+        recorded = list(self._recorder.parameters)
         groups = groups_of(self.optimizer, recorded)
         ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in recorded]
         return "vanilla" if any(age is not None and age < self.warmup for age in ages) else self.geometry
@@ -506,6 +555,7 @@ class Selector:
         """Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward."""
         if self._recorder.memory_cap is None or self.reference == "pool":
             return
+        self._recorder.refresh_layers()
         self._before = self._step, self._generator.get_state(), self.target.snapshot()
         try:
             self._early = self._target()
@@ -522,11 +572,13 @@ class Selector:
     def _write(self, decided: Decided) -> None:
         selection = decided.selection
         uncovered = [p for p in self._recorder.uncovered if self.uncovered == "scale"]
-        recorded = [p for p in self.model.parameters() if p in self._recorder.parameters]
+        recorded = list(self._recorder.parameters)
         gradients: dict[Parameter, Tensor | None]
         if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
             gradients = dict.fromkeys([*recorded, *uncovered])
-        elif decided.contributions is None:  # an overflow beyond the memory cap: the scaler must see one
+        elif (
+            selection.status == Status.OVERFLOW and decided.contributions is None
+        ):  # an overflow beyond the memory cap: the scaler must see one
             gradients = {p: torch.full_like(p, float("inf")) for p in recorded}
         else:
             gradients = dict(self._combine(decided, uncovered))
@@ -538,20 +590,51 @@ class Selector:
 
     def _combine(self, decided: Decided, uncovered: list[Parameter]) -> dict[Parameter, Tensor]:
         selection, contributions, members = decided
-        assert contributions is not None
-        combined = contributions.combine(selection.weights if members is None else selection.weights[members])
+        combined: dict[Parameter, Tensor] = {}
+        if contributions is not None:
+            combined = contributions.combine(selection.weights if members is None else selection.weights[members])
+        for p in self._recorder.window.touched - combined.keys():  # reached by candidates that were not chosen
+            combined[p] = torch.zeros_like(p)
+        owned = {p: g * self._loss_scale for p, g in combined.items()} if uncovered else {}
         for p, rest in self._recorder.residual.items():
             combined[p] = combined[p] + rest if p in combined else rest
         if self._loss_scale != 1.0:
             combined = {p: g * self._loss_scale for p, g in combined.items()}
         if uncovered:
-            combined |= replay_gradients(self._recorder, selection.weights, uncovered)
+            combined |= self._replay_uncovered(selection, owned, uncovered)
         if selection.status != Status.OVERFLOW and not self._scaled and not all_finite(combined.values()):
             raise NonFiniteError(
                 "the weighted gradient overflows although every chosen contribution is finite; it was not written; "
                 "discard() this step, and lower the loss or the cap."
             )
         return combined
+
+    def _replay_uncovered(
+        self, selection: Selection, owned: Mapping[Parameter, Tensor], uncovered: list[Parameter]
+    ) -> dict[Parameter, Tensor]:
+        """The weighted gradient of parameters without a rule, once it is shown that the rerun can be trusted."""
+        if not self._uncovered_proved:
+            # With all weights 1 it must be what the trainer's backward made: no other output, no penalty.
+            ones = torch.ones_like(selection.weights)
+            made = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in uncovered}
+            self._require_same(replay_gradients(self._recorder, ones, uncovered), made)
+            self._uncovered_proved = bool(all_finite(made.values()))
+        gradients = replay_gradients(self._recorder, selection.weights, [*uncovered, *owned])
+        if selection.status != Status.OVERFLOW:
+            self._require_same({p: gradients[p] for p in owned}, owned)
+        return {p: gradients[p] for p in uncovered}
+
+    def _require_same(self, found: Mapping[Parameter, Tensor], expected: Mapping[Parameter, Tensor]) -> None:
+        size = max((float(g.norm()) for g in expected.values()), default=0.0)
+        for p, value in expected.items():
+            gap = float((found[p] - value).norm())
+            if gap > min(1e4 * max(self._recorder.precision, torch.finfo(p.dtype).eps), 0.05) * size:
+                raise RecordingError(
+                    f"uncovered='scale' runs the chosen rows again, and a gradient of shape {tuple(p.shape)} came out "
+                    f"different: by {gap:.3g} of {size:.3g}; the loss must depend on the model through its logits "
+                    "(or its first output with rows) alone, without penalties on parameters; choose "
+                    "uncovered='ignore', or functional=[...] for the module."
+                )
 
     def _clear(self) -> None:
         self._recorder.clear()
@@ -567,6 +650,15 @@ class Decided(NamedTuple):
     selection: Selection
     contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
     members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
+
+
+def _warn_of_processes(size: int) -> None:
+    if size > 1:
+        warnings.warn(
+            f"the selector runs in one of {size} processes and knows its own alone: apply() reduces nothing; record "
+            "inside no_sync() and average p.grad over the processes after apply(), or they will diverge.",
+            stacklevel=3,
+        )
 
 
 def _refuse_large_gram(count: int, who: str) -> None:

@@ -7,6 +7,7 @@ from ftw.gradients.full import Full
 from ftw.gradients.layout import Layout, packed_candidates
 from ftw.gradients.lora import LoRA
 from ftw.gradients.pieces import Broadcast, Dense, OuterProduct, Piece, RowScatter
+from ftw.gradients.projection import Projection
 from ftw.gradients.recorder import Recorder
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LoRA",
     "OuterProduct",
     "Piece",
+    "Projection",
     "Recorder",
     "RowScatter",
     "packed_candidates",

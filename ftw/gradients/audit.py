@@ -241,7 +241,9 @@ def _fingerprints(
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
     def watch(layer: TappedLayer, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        tensor = inputs[0] if inputs else next(iter(named.values()))
+        tensor = next((leaf for leaf in tree_leaves((inputs, named)) if isinstance(leaf, Tensor)), None)
+        if tensor is None:
+            return
         leading = tensor.shape[: tensor.dim() - layer.rule.event(module)]
         if not layout.fits(leading, layer.rule.flat):
             return  # shared by all candidates; if gradient arrives there, the backward says so

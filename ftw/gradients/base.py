@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ftw.errors import ConfigurationError
-from ftw.gradients.pieces import Dense, Piece, Rows, as_rows
+from ftw.gradients.blocks import SPARE, Block, FactorBlock, Products
+from ftw.gradients.cost import prefers_factors
+from ftw.gradients.pieces import Dense, OuterProduct, Piece, Rows, as_rows
 from ftw.optim_state.base import ScaleOperator
 
 BLOCK_BYTES = {"cpu": 8 << 20}
@@ -26,64 +26,7 @@ BLOCK_BYTES = {"cpu": 8 << 20}
 ACCELERATOR_BLOCK_BYTES = 64 << 20
 """Elsewhere: large enough that launching kernels costs nothing against running them."""
 
-SPARE = 2
-"""Rows of a block behind the candidates', for a reader's directions: one matrix product then serves b and K."""
-
-
-class Products(NamedTuple):
-    """Inner products of a block under M, float64, with r = M^(-1/2) o for the offset o."""
-
-    gram: Tensor  # (n, n) C'M C
-    alignment: Tensor  # (n,) C'M g
-    target: Tensor  # () g'M g
-    coupling: Tensor  # (n,) C'M^(1/2) r
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of one parameter, or several parameters side by side, for all candidates of the window, written out.
-
-    A subclass may hold the candidates in another form; readers use `total` and `products` alone.
-
-    Attributes:
-        rows: which rows of the parameter.
-        memory: (n + SPARE, r, *shape[1:]), contiguous; the spare rows hold anything. The reader may write to it; the
-            next block reuses it. None where no candidate touches the rows.
-    """
-
-    rows: Rows
-    memory: Tensor | None
-
-    @property
-    def values(self) -> Tensor | None:
-        """The rows of every c_i, (n, r, *shape[1:]): a view of the memory."""
-        return None if self.memory is None else self.memory[:-SPARE]
-
-    def total(self) -> Tensor | None:
-        """The sum over candidates, (r, *shape[1:]); None: zero."""
-        return None if self.values is None else self.values.sum(0)
-
-    def products(self, root: ScaleOperator, g: Tensor, pull: Tensor, *, last: bool = True) -> Products | None:
-        """Inner products under M; None where no candidate touches the rows.
-
-        Args:
-            root: M^(1/2) on these rows.
-            g: (r, *shape[1:]) target gradient; pull: r, of the same shape.
-            last: nothing will be read from the block afterwards, so that it may be written over.
-        """
-        if self.memory is None:
-            return None
-        memory = self.memory if last else self.memory.clone()
-        n = len(memory) - SPARE
-        memory[n] = g
-        root.apply_(memory[: n + 1])
-        memory[n + 1] = pull
-        flat = memory.flatten(1)
-        # Matrix products like multiples of four rows; the two spare rows often make one.
-        height = next((m for m in (n, n + 1, n + 2) if m % 4 == 0), n)
-        gram = (flat[:height] @ flat[:height].T)[:n, :n].double()
-        along = (flat[: n + 1] @ flat[n]).double()
-        return Products(gram, along[:n], along[n], (flat[:n] @ flat[n + 1]).double())
+__all__ = ["Block", "Contributions", "GradientExtractor", "Products"]
 
 
 class Contributions:
@@ -180,6 +123,14 @@ class Contributions:
         """
         kept = self._pieces[parameter]
         shape = kept[0].shape
+        if split and structure == "scalar":
+            products = tuple(
+                piece for piece in kept if isinstance(piece, OuterProduct) and piece.touched_rows() is None
+            )
+            tokens = sum(piece.bounds[-1] for piece in products)
+            if len(products) == len(kept) and prefers_factors(self.count, tokens, *shape):
+                yield FactorBlock(slice(0, shape[0]), None, products, self.count, self.excluded)
+                return
         if split:
             touched = [piece.touched_rows() for piece in kept]
             if all(rows is not None for rows in touched):
@@ -298,6 +249,14 @@ class Contributions:
         for piece in kept:
             piece.add_combined(total, None if weights is None else weights[piece.start : piece.start + piece.count])
         return total.view(parameter.shape).to(parameter.dtype)
+
+    def reached(self) -> Tensor:  # (n,) bool
+        """Which candidates have any gradient at all; padding has none."""
+        result = torch.zeros(self.count, dtype=torch.bool)
+        for kept in self._pieces.values():
+            for piece in kept:
+                result[piece.start : piece.start + piece.count] |= piece.reached().cpu()
+        return result
 
     def nonfinite_candidates(self) -> tuple[int, ...]:
         """Numbers of candidates with NaN or infinity in any contribution. Reads everything once."""

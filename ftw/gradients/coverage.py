@@ -1,9 +1,13 @@
-"""Coverage: which layers to tap so that every trainable parameter is recorded. Called by the recorder."""
+"""Coverage: which layers to tap so that every trainable parameter is recorded, and a table that says so.
+
+Called by the recorder (`find_layers`) and by `selector.coverage()` (`describe`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -49,9 +53,9 @@ class Covered:
     Attributes:
         parameter: its name in the model.
         shape: of the parameter.
-        layers: names of the layers that use it.
+        layers: names of the layers that use it: those tapped where it is recorded, else those that hold it.
         how: "recorded", "scale" or "ignore" (the `uncovered` policy), or "not in the optimizer".
-        rule: in a few words, how its contributions come about.
+        rule: in a few words, how its contributions come about, or why there are none.
     """
 
     parameter: str
@@ -59,6 +63,29 @@ class Covered:
     layers: tuple[str, ...]
     how: str
     rule: str
+
+
+class CoverageTable(tuple[Covered, ...]):
+    """One row for each trainable parameter, in the model's order; printed, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "how", "layers", "rule")
+        rows = [
+            (row.parameter, "x".join(map(str, row.shape)) or "()", row.how, _some(row.layers), row.rule) for row in self
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+        numbers = {how: sum(prod(row.shape) for row in self if row.how == how) for how in {row.how for row in self}}
+        total = ", ".join(f"{how} {number:,}" for how, number in sorted(numbers.items(), key=lambda pair: -pair[1]))
+        return "\n".join(
+            [line.rstrip() for line in lines] + [f"{len(self)} trainable parameters; numbers: {total or 0}"]
+        )
+
+
+def _some(layers: tuple[str, ...]) -> str:
+    return ", ".join(layers[:2]) + (f" and {len(layers) - 2} more" if len(layers) > 2 else "")
 
 
 @dataclass(frozen=True)
@@ -98,10 +125,11 @@ def find_layers(
     found: list[TappedLayer] = []
     missing: dict[Parameter, str] = {}
     taken: set[nn.Module] = set()  # children of a module that a rule covers as a whole
+    bound = [rule.bind(model) for rule in rules]
     for name, module in model.named_modules():
         if module in taken:
             continue
-        rule = next((rule for rule in rules if rule.handles(module)), None)
+        rule = next((rule for rule in bound if rule.handles(module)), None)
         if rule is None:
             missing.update({p: type(module).__name__ for p in module._parameters.values() if p is not None})
             continue
@@ -118,8 +146,9 @@ def find_layers(
         raise CoverageError(
             f"{len(listed)} trainable parameters belong to layers whose contributions cannot be recorded: "
             f"{', '.join(listed[:8])}{' ...' if len(listed) > 8 else ''}; recorded are Linear, Conv1D, Embedding, "
-            "LayerNorm, RMSNorm, MultiheadAttention, DoRA and experts; choose uncovered='scale' or 'ignore', name the "
-            "module in functional=[...], freeze them (requires_grad_(False)), or leave them out of the optimizer."
+            "LayerNorm, RMSNorm and their like, MultiheadAttention, DoRA and experts; name the module, or its class, "
+            "in functional=[...] if its rows are independent, choose uncovered='scale' or 'ignore', freeze them "
+            "(requires_grad_(False)), or leave them out of the optimizer."
         )
     if lacking:
         found = [_without(layer, lacking) for layer in found]
@@ -132,10 +161,52 @@ def find_layers(
     return Coverage(found, lacking)
 
 
+def describe(
+    model: nn.Module, layers: Sequence[TappedLayer], uncovered: Mapping[Parameter, str], policy: str
+) -> CoverageTable:
+    """How each trainable parameter of the model is handled.
+
+    Args:
+        layers: those tapped.
+        uncovered: parameters in the optimizer without a rule, with the kind of module that holds them.
+        policy: what is done about them, "scale" or "ignore".
+
+    Law: one row for each of the model's parameters that require grad, no matter whether the optimizer has it.
+    """
+    used: dict[Parameter, dict[str, str]] = {}  # layer -> rule
+    for layer in layers:
+        for p in layer.parameters.values():
+            used.setdefault(p, {})[layer.name] = layer.rule.summary
+    holders: dict[Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for held in module._parameters.values():
+            if held is not None:
+                holders.setdefault(held, []).append(name or type(module).__name__)
+    table = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        names = tuple(used.get(p, holders[p]))
+        if p in used:
+            how, rule = "recorded", "; ".join(dict.fromkeys(used[p].values()))
+        elif p in uncovered:
+            how, rule = policy, f"no rule for {uncovered[p]}: {_WITHOUT_RULE[policy]}"
+        else:
+            how, rule = "not in the optimizer", "no step is taken on it"
+        table.append(Covered(name, tuple(p.shape), names, how, rule))
+    return CoverageTable(table)
+
+
+_WITHOUT_RULE = {
+    "scale": "weighted gradient from a second backward, not seen by the choice",
+    "ignore": "its gradient is left as the backward made it",
+}
+
+
 def _owners(module: nn.Module, parameters: Mapping[str, Parameter]) -> set[nn.Module]:
-    """The submodules whose parameters a rule covers along with the module's own."""
-    paths = {name.rpartition(".")[0] for name in parameters}
-    return {module.get_submodule(path) for path in paths if path}
+    """The submodules that a rule covers along with the module itself."""
+    whole = any("." in name for name in parameters)
+    return set(module.modules()) - {module} if whole else set()
 
 
 def _without(layer: TappedLayer, lacking: Mapping[Parameter, str]) -> TappedLayer:

@@ -128,7 +128,7 @@ def candidate_maps(candidates: Any) -> list[Tensor] | None:
         given = [torch.tensor(given)]
     maps = [torch.as_tensor(each).detach().cpu() for each in given]
     for each in maps:
-        if each.dim() not in (1, 2) or each.is_floating_point() or not each.numel():
+        if each.dim() not in (1, 2) or each.is_floating_point() or each.dtype == torch.bool or not each.numel():
             raise ConfigurationError(
                 f"candidates holds a tensor of shape {tuple(each.shape)} and dtype {each.dtype}; integers of shape "
                 "(rows,) or (rows, T) are needed, the candidate of each row or token, -1 for nobody; pass one for "

@@ -72,6 +72,10 @@ class Piece(ABC):
     def only(self, members: Sequence[int]) -> Piece:
         """The piece of these candidates of the window, numbered anew in their order; zero for those it lacks."""
 
+    @abstractmethod
+    def reached(self) -> Tensor:  # (count,) bool
+        """Which candidates have any gradient here."""
+
     def touched_rows(self) -> Tensor | None:
         """The only rows that can be non-zero, ascending; None: all."""
         return None
@@ -130,6 +134,9 @@ class Dense(Piece):
     def alignment(self, direction: Tensor) -> Tensor:
         return self.values.flatten(1) @ direction.to(self.dtype).flatten()
 
+    def reached(self) -> Tensor:
+        return self.values.flatten(1).any(1)
+
     def only(self, members: Sequence[int]) -> Dense:
         values = self.values.new_zeros(len(members), *self.shape)
         for new, old in enumerate(members):
@@ -179,8 +186,13 @@ class TokenPiece(Piece):
         kept_factor = factor[torch.tensor(kept, dtype=torch.long, device=self.device)]
         if each is not None:
             return index, kept_factor.repeat_interleave(each)[:, None]
-        lengths = torch.tensor([self.bounds[i + 1] - self.bounds[i] for i in kept], device=self.device)
+        spans_of = [self.bounds[i + 1] - self.bounds[i] for i in kept]
+        lengths = torch.tensor(spans_of, dtype=torch.long, device=self.device)
         return index, kept_factor.repeat_interleave(lengths)[:, None]
+
+    def reached(self) -> Tensor:
+        alive = self.grads.flatten(1).any(1).to(torch.int32)
+        return alive.new_zeros(self.count).index_add_(0, self.owners(), alive) > 0
 
     def only(self, members: Sequence[int]) -> TokenPiece:
         bounds, spans = [0], []
@@ -244,7 +256,8 @@ class OuterProduct(TokenPiece):
         right = self.inputs.to(self.dtype)
         each = self.even
         if each is not None:
-            left, right = left.view(self.count, each, -1).transpose(1, 2), right.view(self.count, each, -1)
+            left = left.view(self.count, each, left.shape[1]).transpose(1, 2)
+            right = right.view(self.count, each, right.shape[1])
             if overwrite and self.scale == 1.0:
                 torch.bmm(left, right, out=out)
             else:
@@ -257,6 +270,16 @@ class OuterProduct(TokenPiece):
                 torch.addmm(out[i], a, b, beta=beta, alpha=self.scale, out=out[i])
             elif overwrite:
                 out[i] = 0
+
+    def dense(self) -> Piece:
+        each, tall = self.even, 4 * self.inputs.shape[1] <= self.grads.shape[1]
+        if each is None or not tall or self.touched_rows() is not None:
+            return super().dense()
+        # A tall product is slow: its transpose, wide, is made instead (measured twice as fast on a CPU).
+        left = self.inputs.to(self.dtype).view(self.count, each, self.inputs.shape[1]).transpose(1, 2)
+        values = torch.bmm(left, self.grads.to(self.dtype).view(self.count, each, self.grads.shape[1]))
+        values = values.transpose(1, 2)
+        return Dense(self.start, self.shape, self.dtype, values if self.scale == 1.0 else values * self.scale)
 
     def _own_rows(self, out: Tensor, rows: Rows, overwrite: bool) -> tuple[Tensor, Rows, bool]:
         """The part of `out` that belongs to this matrix, and its rows within the matrix."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ftw.errors import CandidateLayoutError, ConfigurationError, MemoryCapError, RecordingError
 from ftw.gradients import audit
@@ -100,6 +100,7 @@ class Recorder:
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
+        self._parameters: dict[Parameter, str] = {}
         self._active = False
         self._auditing = False
         self._inside: Forward | None = None
@@ -108,6 +109,8 @@ class Recorder:
         self._maps: list[Tensor] | None = None
         self._block = 0
         self._first = 0
+        self._mark = Window().mark()
+        self._input_storages: set[int] = set()
         self._unowned: list[tuple[str, Tensor]] = []
         self._dropped: dict[Parameter, Tensor] = {}
         self._scale = 1.0
@@ -146,13 +149,16 @@ class Recorder:
                 "candidates was given to a selector of granularity='token', whose candidates are the tokens "
                 "themselves; leave it out, or choose granularity='sample'."
             )
-        self._refresh_layers()
+        self.refresh_layers()
         self._scale = 1.0 / loss_scale
         self._maps = maps
         self._first, self._block = len(self.window.forwards), self.window.count
-        mark = self.window.mark()
-        parked = self._park_gradients()
         self._refuse_mixing()
+        mark = self._mark = self.window.mark()
+        parked = self._park_gradients()
+        outside = {p: p.grad for p in self.uncovered}
+        for p in outside:
+            p.grad = None
         self._active, self._auditing = True, self._completeness_due
         try:
             yield
@@ -163,9 +169,13 @@ class Recorder:
             self._settle(self.window.since(mark), parked)
         except BaseException:
             self.window.rewind(mark)
-            for p, grad in parked.items():
+            for p, grad in (parked | outside).items():
                 p.grad = grad
             raise
+        else:
+            for p, before in outside.items():
+                if before is not None:
+                    p.grad = before if p.grad is None else before + p.grad
         finally:
             self._active, self._inside, self._call, self._maps = False, None, None, None
             self._unowned, self._dropped = [], {}
@@ -198,9 +208,18 @@ class Recorder:
         return list(self._layers)
 
     @property
-    def parameters(self) -> set[Parameter]:
-        """The parameters that are recorded."""
-        return {p for layer in self._layers for p in layer.parameters.values()}
+    def parameters(self) -> dict[Parameter, str]:
+        """The parameters that are recorded, and their names in the model, in the model's order."""
+        return self._parameters
+
+    @property
+    def autocast_state(self) -> tuple[str, torch.dtype] | None:
+        """Device type and dtype of the autocast that the last recorded forward ran in."""
+        return self._autocast
+
+    @autocast_state.setter
+    def autocast_state(self, state: tuple[str, torch.dtype] | None) -> None:
+        self._autocast = state
 
     @property
     def precision(self) -> float:
@@ -251,7 +270,7 @@ class Recorder:
         """Remove all hooks and forget the window. Recording again needs a new recorder."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._layers = [], []
+        self._handles, self._layers, self._parameters = [], [], {}
         self.window = Window()
 
     def _refuse_mixing(self) -> None:
@@ -293,9 +312,13 @@ class Recorder:
         """Take p.grad out of the way, so that what is there after the block was made in the block."""
         recorded = self.parameters
         if not self.window.forwards:
+            self.window.residual.clear()
             names = {p: name for name, p in self.model.named_parameters()}
             stale = [p for p in recorded if p.grad is not None and bool(p.grad.count_nonzero())]
-            if stale and self.residual_policy == "error":
+            overwritten = self.uncovered if self._uncovered_policy == "scale" else ()
+            lost = [p for p in overwritten if p.grad is not None and bool(p.grad.count_nonzero())]
+            if lost or (stale and self.residual_policy == "error"):
+                stale = stale or lost
                 raise RecordingError(
                     f"p.grad of {names.get(stale[0], 'a parameter')} and {len(stale) - 1} others is not zero "
                     "before the window's first record(); apply() would overwrite it; call optimizer.zero_grad() first, "
@@ -346,6 +369,8 @@ class Recorder:
         if not self._active or not torch.is_grad_enabled() or self._inside is not None:
             return
         layout = self._layout(args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._input_storages = {_storage(tensor) for tensor in tensors}
         device = self._anchor_device.type
         self._autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         waiting = any(not forward.reached for forward in self.window.forwards)
@@ -354,7 +379,8 @@ class Recorder:
                 forward.recomputable = forward.recomputable and forward.reached
         self._inside = Forward(layout, recomputable=not waiting)
         if self.keep_calls:
-            self._inside.call = args, kwargs
+            # Copies: the caller may reuse its buffers for the next batch.
+            self._inside.call = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
             self._inside.random_state = random_state(self._anchor_device)
         self.window.forwards.append(self._inside)
         self.window.count = max(self.window.count, layout.start + layout.count)
@@ -389,6 +415,8 @@ class Recorder:
         forward, self._inside = self._inside, None
         if forward is None or forward.call is None or output is None:
             return
+        now = random_state(self._anchor_device)
+        forward.drew = any(not torch.equal(a, b) for a, b in zip(forward.random_state, now, strict=True))
         found = replayed_output(output, forward.layout)
         if found is not None:
             forward.output = found[0]
@@ -433,13 +461,13 @@ class Recorder:
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
-    def _refresh_layers(self) -> None:
+    def refresh_layers(self) -> None:
         """Attach anew if parameters were frozen or thawed since."""
         now = self.parameters
         wanted = self.model.parameters() if self._wanted is None else self._wanted()
         if not self._handles:
             raise RecordingError("the recorder is closed; make a new one.")
-        if now | self.uncovered.keys() != {p for p in wanted if p.requires_grad}:
+        if now.keys() | self.uncovered.keys() != {p for p in wanted if p.requires_grad}:
             if self.window.forwards:
                 raise RecordingError(
                     "parameters were frozen or thawed in the middle of a window; finish the step with apply() first."
@@ -452,12 +480,12 @@ class Recorder:
         wanted = None if self._wanted is None else self._wanted()
         coverage = find_layers(self.model, wanted, uncovered=self._uncovered_policy, rules=self._rules)
         self._layers, self.uncovered = coverage.layers, coverage.uncovered
+        found = {p for layer in self._layers for p in layer.parameters.values()}
+        self._parameters = {p: name for name, p in self.model.named_parameters() if p in found}
         self._completeness_due = self._identity_due = self._check
         self._inconclusive = 0
-        names = dict(self.model.named_parameters())
-        recorded = self.parameters
-        self._anchor_device = next(iter(recorded)).device
-        self.extractor.check(self.model, {name: p for name, p in names.items() if p in recorded})
+        self._anchor_device = next(iter(found)).device
+        self.extractor.check(self.model, {name: p for p, name in self._parameters.items()})
         self._handles = [
             self.model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True, prepend=True),
             self.model.register_forward_hook(_Hook(self._after_model), always_call=True),
@@ -494,18 +522,26 @@ class Recorder:
         forward = self._forward_of(layer)
         leaves, structure = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not places:
+            raise CandidateLayoutError(
+                f"layer {layer.name} ({type(layer.module).__name__}) was called without a tensor, so its rows cannot "
+                "be divided among the candidates; name the module around it in functional=[...], or freeze it."
+            )
         if not layer.rule.keeps_all:
             del places[1:]
             leaves = []
         saved = [(leaves[i] if leaves else _first(args, kwargs)).detach() for i in places]
+        # What stands in the caller's own buffers is copied: they may hold the next batch before the step.
+        saved = [tensor.clone() if _storage(tensor) in self._input_storages else tensor for tensor in saved]
         if leaves:
             leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         collect = partial(self._collect, layer, forward, (leaves, structure, places))
+        copy = torch.clone if layer.rule.saves_outputs else _same
         if isinstance(output, Tensor):
-            return Tap.apply(collect, 1, self._anchor, output, *saved)[0]
+            return Tap.apply(collect, 1, self._anchor, copy(output), *saved)[0]
         out, shape = tree_flatten(output)
         tapped = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        passed = Tap.apply(collect, len(tapped), self._anchor, *[out[i] for i in tapped], *saved)
+        passed = Tap.apply(collect, len(tapped), self._anchor, *[copy(out[i]) for i in tapped], *saved)
         for i, leaf in zip(tapped, passed, strict=True):
             out[i] = leaf
         return tree_unflatten(out, shape)
@@ -528,11 +564,28 @@ class Recorder:
             return
         self._precision = max(self._precision, *(torch.finfo(grad.dtype).eps for grad in reached))
         call = Call(
-            layer.module, _arguments(rebuild, saved), saved[0], grads, forward.layout, layer.rule.flat, self._scale
+            layer.module,
+            _arguments(rebuild, saved),
+            saved[0],
+            grads,
+            forward.layout,
+            layer.rule.flat,
+            self._scale,
+            self._evaluation,
         )
         self._check_layout(layer, call, reached[0])
         for name, piece in layer.rule.pieces(call, layer.parameters):
             self._store(layer.parameters[name], piece)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """For rules that run a module again: in the forward's autocast, and no layer that runs in it is recorded."""
+        before, self._active = self._active, False
+        try:
+            with self.autocast():
+                yield
+        finally:
+            self._active = before
 
     def _check_layout(self, layer: TappedLayer, call: Call, grad: Tensor) -> None:
         event = layer.rule.event(layer.module)
@@ -552,6 +605,7 @@ class Recorder:
 
     def _store(self, p: Parameter, piece: Piece) -> None:
         window = self.window
+        window.touched.add(p)
         if window.alignment is None:
             kept = self.extractor.keep(piece)
             window.pieces.setdefault(p, []).append(kept)
@@ -570,17 +624,21 @@ class Recorder:
                 "is read from their sum; choose reference='previous' or 'target', a smaller window, or a larger cap."
             )
         for p, pieces in self.window.pieces.items():
-            for piece in pieces:
-                self._drop(p, piece)
+            for i, piece in enumerate(pieces):
+                self._drop(p, piece, earlier=i < self._mark[2].get(p, 0))
         self.window.pieces.clear()
         self.window.kept_bytes = 0
 
-    def _drop(self, p: Parameter, piece: Piece) -> None:
+    def _drop(self, p: Parameter, piece: Piece, *, earlier: bool = False) -> None:
         assert self.direction is not None
         self.window.align(piece, as_rows(self.direction[p]))
-        if self._auditing or not self.lean:
+        if not earlier and (self._auditing or not self.lean):
             total = self._dropped.setdefault(p, torch.zeros(piece.shape, dtype=piece.dtype, device=piece.device))
             piece.add_combined(total, None)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -600,6 +658,11 @@ def _arguments(
         leaves[i] = tensor
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)
     return arguments
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where a tensor's numbers are; views share it."""
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Hook:

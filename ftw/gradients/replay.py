@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import RecordingError
@@ -39,7 +38,7 @@ def replay_contributions(recorder: Recorder, chosen: Tensor) -> Contributions:
     window = recorder.window
     local = torch.full((window.count,), -1)
     local[chosen] = torch.arange(len(chosen))
-    runs = [(forward, rows) for forward, rows in _needed(recorder.model, window, local)]
+    runs = list(_needed(window, local))
     maps = [_numbers(forward.layout, local)[rows] for forward, rows in runs]
     with parked_gradients(recorder.model.parameters()), recorder.aside():
         with recorder.record(candidates=maps, loss_scale=recorder.loss_scale):
@@ -59,7 +58,7 @@ def replay_gradients(recorder: Recorder, weights: Tensor, parameters: list[Param
     window = recorder.window
     local = torch.where(weights != 0, 0, -1)
     with parked_gradients(recorder.model.parameters()):
-        for forward, rows in _needed(recorder.model, window, local):
+        for forward, rows in _needed(window, local):
             output, grad = _rerun(recorder, forward, rows)
             numbers = _candidates(forward.layout)[rows]
             each = torch.where(numbers >= 0, weights[numbers.clamp_min(0)], 0.0)
@@ -86,27 +85,14 @@ def random_state(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _needed(model: nn.Module, window: Window, local: Tensor) -> Iterator[tuple[Forward, Tensor]]:
+def _needed(window: Window, local: Tensor) -> Iterator[tuple[Forward, Tensor]]:
     """The forwards that hold chosen candidates (local >= 0), with the rows to run."""
-    everything = _draws(model)
     for forward in window.forwards:
         numbers = _numbers(forward.layout, local)
         rows = (numbers >= 0).flatten(1).any(1) if numbers.dim() > 1 else numbers >= 0
         if bool(rows.any()):
             # Dropout draws by the shape of the batch: the same masks need the same rows.
-            yield forward, torch.arange(forward.layout.rows) if everything else rows.nonzero().flatten()
-
-
-def _draws(model: nn.Module) -> bool:
-    """Whether the forward is random: some dropout is on."""
-    for module in model.modules():
-        if module.training:
-            rates = [getattr(module, name, 0.0) for name in ("dropout", "attention_dropout")]
-            if isinstance(module, _DropoutNd):
-                rates.append(module.p)
-            if any(isinstance(rate, float) and rate > 0 for rate in rates):
-                return True
-    return False
+            yield forward, torch.arange(forward.layout.rows) if forward.drew else rows.nonzero().flatten()
 
 
 def _candidates(layout: Layout) -> Tensor:

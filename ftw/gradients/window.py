@@ -32,6 +32,8 @@ class Forward:
     output: int | None = None
     output_grad: Tensor | None = None
     reached: bool = False
+    drew: bool = False
+    """Whether the forward drew random numbers (dropout); known where calls are kept."""
 
     def keep_output_grad(self, grad: Tensor) -> None:
         """A tensor hook on the output."""
@@ -46,6 +48,7 @@ class Window:
     forwards: list[Forward] = field(default_factory=list)
     pieces: dict[Parameter, list[Piece]] = field(default_factory=dict)
     residual: dict[Parameter, Tensor] = field(default_factory=dict)
+    touched: set[Parameter] = field(default_factory=set)
     kept_bytes: int = 0
     alignment: Tensor | None = None
     """(n,) float64, where pieces were dropped under a memory cap: what is left of them."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ftw
-from ftw.errors import MemoryCapError, RecordingError
-from tests.models import batch_of, label_tokens, lora_llama, tiny_llama, token_mean
+from ftw.errors import ConfigurationError, MemoryCapError, RecordingError
+from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
 
 CAP = 1000  # bytes: less than any window
 
@@ -87,13 +87,15 @@ def test_dropout_draws_the_same_masks_again() -> None:
 
 
 def test_randomness_that_cannot_be_repeated_is_noticed() -> None:
+    elsewhere = torch.Generator().manual_seed(0)
+
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 3, dtype=torch.float64)
 
         def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.layer(x * (1 + torch.rand(len(x), 1, dtype=torch.float64)))
+            result: Tensor = self.layer(x * (1 + torch.rand(len(x), 1, dtype=torch.float64, generator=elsewhere)))
             return result
 
     model = Noisy()
@@ -189,3 +191,110 @@ def test_a_faulty_candidate_beyond_the_cap_is_quarantined() -> None:
     assert selection.diagnostics["quarantined"] == [2]
     assert selection.weights[2] == 0
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+def small(rows: int, seed: int) -> Tensor:
+    return torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def small_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x[:, :2]).square().mean()
+
+
+def small_selector(model: nn.Module, **options: Any) -> tuple[ftw.Selector, torch.optim.Optimizer]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    options = {"budget": 2, "filter": "topk", "reference": "target", "memory_cap": 1, "warmup": 0} | options
+    target = [small(5, 90), small(5, 91), small(5, 92)]
+    return ftw.Selector(model, optimizer, target=target, loss_fn=small_loss, **options), optimizer
+
+
+def test_nobody_worth_choosing_beyond_the_cap() -> None:
+    model = MLP()
+    selector, _ = small_selector(model, filter=ftw.filters.Threshold(1e9))
+    with selector.record():
+        small_loss(model, small(6, 0)).backward()
+    selection = selector.apply()
+    assert selection.status == ftw.Status.NOTHING_USEFUL
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_failed_first_block_gives_the_target_batch_back() -> None:
+    model = MLP()
+    selector, _ = small_selector(model)
+    with pytest.raises(ZeroDivisionError), selector.record():
+        raise ZeroDivisionError
+    assert selector.target.state_dict()["position"] == 0
+    assert selector._recorder.direction is None
+    with selector.record():
+        small_loss(model, small(6, 0)).backward()
+    selector.apply()
+    assert selector.target.state_dict()["position"] == 1
+
+
+def test_a_decision_that_fails_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MLP()
+    selector, _ = small_selector(model)
+    with selector.record():
+        small_loss(model, small(6, 0)).backward()
+    with monkeypatch.context() as patch:
+        patch.setattr("ftw.selector.replay_contributions", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            selector.apply()
+    selector.apply()
+    assert selector.target.state_dict()["position"] == 1
+
+
+def test_thawing_in_mid_run() -> None:
+    model = MLP()
+    model.last.weight.requires_grad_(False)
+    selector, optimizer = small_selector(model)
+    optimizer.add_param_group({"params": [model.last.weight]})
+    for step in range(3):
+        model.last.weight.requires_grad_(step > 0)
+        with selector.record():
+            small_loss(model, small(6, step)).backward()
+        selector.apply()
+        assert (model.last.weight.grad is not None) == (step > 0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("residual", ["error", "keep"])
+def test_without_lean_mode_a_later_block_crosses_the_cap(residual: str) -> None:
+    gradients = []
+    for cap in (None, 3000):
+        model = MLP()
+        selector, _ = small_selector(model, lean=False, memory_cap=cap, residual=residual, check=False)
+        for block in range(2):
+            with selector.record():
+                (small_loss(model, small(6, block)) / 2).backward()
+        assert (selector._recorder.window.alignment is not None) == (cap is not None)
+        selector.apply()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("granularity", ["token"])
+def test_what_runs_rows_again_does_not_go_with_tokens(granularity: str) -> None:
+    with pytest.raises(ConfigurationError, match="memory_cap"):
+        small_selector(MLP(), granularity=granularity)
+    with pytest.raises(ConfigurationError, match="utility"):
+        small_selector(MLP(), objective="utility")
+
+
+@pytest.mark.parametrize("cap", [None, 1])
+def test_a_buffer_that_is_used_again_for_the_next_batch(cap: int | None) -> None:
+    gradients = []
+    for reuse in (True, False):
+        model = MLP()
+        selector, _ = small_selector(model, memory_cap=cap)
+        buffer = torch.empty(6, 6, dtype=torch.float64)
+        for block in range(2):
+            x = buffer.copy_(small(6, block)) if reuse else small(6, block)
+            with selector.record():
+                (small_loss(model, x) / 2).backward()
+        selector.apply()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)

@@ -148,3 +148,49 @@ def test_mass_of_tokens_is_theirs() -> None:
     batch = batch_of(4)
     with pytest.raises(ConfigurationError, match="mass"), selector.record(mass=label_tokens(batch)):
         token_mean(model, batch).backward()
+
+
+def test_all_tokens_with_equal_weights_are_plain_training() -> None:
+    """Also where their alignment is 0: ids that the target lacks move nothing that the target sees."""
+
+    class Bag(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = torch.nn.Embedding(16, 3, dtype=torch.float64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.table(ids)
+            return result
+
+    def loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return model(ids).sum(-1).square().mean()
+
+    model = Bag()
+    selector = ftw.Selector(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        target=[torch.tensor([[0, 1, 2, 3]])],
+        loss_fn=loss,
+        granularity="token",
+        filter="all",
+        solver="uniform",
+    )
+    ids = torch.arange(16).view(4, 4)
+    (plain,) = torch.autograd.grad(loss(model, ids), [model.table.weight])
+    with selector.record():
+        loss(model, ids).backward()
+    selector.apply()
+    torch.testing.assert_close(model.table.weight.grad, plain)
+
+
+def test_micro_batches_of_which_one_has_no_chosen_token() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = ftw.Selector(model, optimizer, target=[batch_of(4, seed=50)], loss_fn=token_mean, budget=1, check=False)
+    for seed in range(2):
+        batch = batch_of(2, seed=seed)
+        owner = torch.tensor([[0] * 4 + [1] * 7, [2] * 11])
+        with selector.record(candidates=owner):
+            (token_mean(model, batch) / 2).backward()
+    assert len(selector.apply().indices) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ftw
-from ftw.errors import CoverageError
+from ftw.errors import ConfigurationError, CoverageError, RecordingError
 
 
 class Gated(nn.Module):
@@ -103,3 +103,85 @@ def test_a_model_without_any_covered_parameter_is_refused() -> None:
 
     with pytest.raises(CoverageError, match="no trainable parameter"):
         selector_for(Bare(), uncovered="scale")
+
+
+@pytest.mark.parametrize("policy", ["scale", "ignore"])
+def test_coverage_lists_every_trainable_parameter(policy: str) -> None:
+    model = Gated()
+    model.last.bias.requires_grad_(False)
+    selector, _ = selector_for(model, uncovered=policy)
+    table = selector.coverage()
+    assert [row.parameter for row in table] == ["gate", "layer.weight", "layer.bias", "last.weight"]
+    assert [row.how for row in table] == [policy, "recorded", "recorded", "recorded"]
+    for row in table:
+        assert row.parameter in str(table)
+    held = torch.optim.AdamW([model.layer.weight], lr=1e-2)
+    only = ftw.Selector(model, held, target=[data(5, 9)], loss_fn=loss_of)
+    assert {row.parameter: row.how for row in only.coverage()} == {
+        "gate": "not in the optimizer",
+        "layer.weight": "recorded",
+        "layer.bias": "not in the optimizer",
+        "last.weight": "not in the optimizer",
+    }
+
+
+def test_a_penalty_on_an_uncovered_parameter_is_found() -> None:
+    model = Gated()
+    selector, _ = selector_for(model, uncovered="scale")
+    with selector.record():
+        (loss_of(model, data(8, 0)) + model.gate.square().sum()).backward()
+    with pytest.raises(RecordingError, match="came out different"):
+        selector.apply()
+
+
+def test_a_loss_of_two_outputs_is_found() -> None:
+    class Two(Gated):
+        def forward(self, x: Tensor) -> Any:
+            hidden = torch.tanh(self.layer(x * self.gate))
+            return self.last(hidden), hidden
+
+    model = Two()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        out, hidden = model(x)
+        return out.square().mean() + hidden.square().mean()
+
+    selector = ftw.Selector(model, optimizer, target=[data(5, 9)], loss_fn=loss, budget=3, uncovered="scale")
+    with selector.record():
+        loss(model, data(8, 0)).backward()
+    with pytest.raises(RecordingError, match="came out different"):
+        selector.apply()
+
+
+def test_functional_dropout_draws_the_same_masks_again() -> None:
+    class Dropped(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.dropout(torch.tanh(self.layer(x * self.gate)), 0.5, self.training)
+            result: Tensor = self.last(hidden)
+            return result
+
+    model = Dropped()
+    selector, _ = selector_for(model, uncovered="scale", check=False)
+    with selector.record():
+        loss_of(model, data(8, 0)).backward()
+    selector.apply()
+    assert model.gate.grad is not None
+
+
+@pytest.mark.parametrize("policy", ["scale", "ignore"])
+def test_a_failed_block_leaves_the_gradient_as_it_was(policy: str) -> None:
+    model = Gated()
+    selector, _ = selector_for(model, uncovered=policy)
+    with pytest.raises(ConfigurationError), selector.record(mass=torch.ones(3)):
+        loss_of(model, data(8, 0)).backward()
+    assert model.gate.grad is None
+
+
+def test_a_stale_gradient_that_scaling_would_overwrite_is_refused() -> None:
+    model = Gated()
+    selector, _ = selector_for(model, uncovered="scale")
+    model.gate.grad = torch.ones_like(model.gate)
+    with pytest.raises(RecordingError, match="zero_grad"), selector.record():
+        loss_of(model, data(8, 0)).backward()
+    assert torch.equal(model.gate.grad, torch.ones_like(model.gate))

@@ -298,14 +298,14 @@ def test_uncovered_parameters_are_named_with_ways_out() -> None:
         Recorder(MLP(), lambda: [nn.Parameter(torch.zeros(2))])
 
 
-def test_multi_head_attention_is_refused() -> None:
-    class Attention(nn.Module):
+def test_a_layer_without_a_rule_is_refused_with_the_ways_out() -> None:
+    class Convolving(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.inside = nn.Conv1d(4, 4, 1)
 
-    with pytest.raises(CoverageError, match="in_proj_weight"):
-        Recorder(Attention())
+    with pytest.raises(CoverageError, match=r"inside\.weight \(Conv1d\).*functional=\["):
+        Recorder(Convolving())
 
 
 def test_lora_extractor_refuses_other_parameters() -> None:

@@ -1,19 +1,7 @@
 """One rule per kind of layer, in the order in which they are asked."""
 
-from collections.abc import Sequence
-
-from torch import nn
-
 from ftw.gradients.rules.base import Call, LayerRule
-from ftw.gradients.rules.embedding import EmbeddingRule
-from ftw.gradients.rules.matrix import Conv1DRule, LinearRule
-from ftw.gradients.rules.norms import LayerNormRule, RMSNormRule
+from ftw.gradients.rules.functional import FunctionalRule
+from ftw.gradients.rules.table import RULES, rules_for
 
-RULES: tuple[LayerRule, ...] = (LinearRule(), Conv1DRule(), EmbeddingRule(), LayerNormRule(), RMSNormRule())
-
-__all__ = ["RULES", "Call", "LayerRule"]
-
-
-def rules_for(functional: Sequence[str | type[nn.Module]]) -> tuple[LayerRule, ...]:
-    """The built-in rules, with modules that the user wants treated by `torch.func` in front."""
-    return RULES
+__all__ = ["RULES", "Call", "FunctionalRule", "LayerRule", "rules_for"]

@@ -7,9 +7,10 @@ gradient that autograd formed (`audit.leftover`). Called by the recorder, in the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import Parameter
 from ftw.gradients.layout import Layout, Tokens
 from ftw.gradients.pieces import Broadcast, OuterProduct, Piece, as_rows
 
-LIVE_LOOK_FLOPS = {"cpu": 1e6}
+LIVE_LOOK_FLOPS = {"cpu": 1e8}
 """A weight gradient cheaper than this is not searched for tokens without gradient, by device type."""
 
 ACCELERATOR_LIVE_LOOK_FLOPS = 2e11
@@ -36,6 +37,8 @@ class Call:
     layout: Layout
     flat: bool  # the rule's `flat`
     scale: float  # one over the loss scale
+    evaluation: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """What to evaluate the module in, should a rule do it: the forward's autocast, the recorder's hooks inert."""
 
     @property
     def grad(self) -> Tensor:
@@ -58,11 +61,18 @@ class LayerRule(ABC):
     keeps_all: ClassVar[bool] = False
     """Whether the rule needs every argument of the call, or only the first tensor."""
 
-    flat: ClassVar[bool] = False
+    saves_outputs: ClassVar[bool] = False
+    """Whether autograd may have saved an output (an exponential's, say): the tap, in place, must then have a copy."""
+
+    flat: bool = False
     """Whether the layer's rows may be tokens, row by row, where the model's own are not."""
 
     summary: ClassVar[str]
     """How parameters are handled, in a few words, for `selector.coverage()`."""
+
+    def bind(self, model: nn.Module) -> Self:
+        """The rule for the modules of one model, asked before any of them is shown to it. The base: itself."""
+        return self
 
     @abstractmethod
     def handles(self, module: nn.Module) -> bool:
@@ -125,14 +135,14 @@ def outer_product(
 
 def broadcast(call: Call, parameter: Parameter, grads: Tensor) -> Piece:
     """A parameter that meets every token alike: `grads` is (..., *parameter.shape)."""
-    event = parameter.dim()
+    event, shape = parameter.dim(), tuple(as_rows(parameter).shape)
     tokens = call.tokens(grads, event)
     return Broadcast(
         start=call.layout.start,
-        shape=tuple(as_rows(parameter).shape),
+        shape=shape,
         dtype=accumulate(parameter),
         bounds=tokens.bounds,
-        grads=tokens.take(grads, event),
+        grads=tokens.take(grads, event).reshape(-1, *shape),
         scale=call.scale,
     )
 
