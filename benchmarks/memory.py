@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _models import DTYPES, PRESETS, build, resized, shape_of, token_numbers
 
-STEPS = 4
+STEPS = 3
 """The last one counts: the optimizer has its state, the selector its audits behind it."""
 
 
@@ -245,7 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="a shrunk model: does it run")
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON to this file")
     parser.add_argument("--measure", nargs=3, default=None, help=argparse.SUPPRESS)

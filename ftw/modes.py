@@ -11,15 +11,29 @@ from torch.nn import Parameter
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module's own mode is put back."""
+def evaluating(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
+    """The model in eval mode; each module's own mode is put back.
+
+    Args:
+        checkpointing: modules that checkpoint their activations in training mode only, as transformers' do, stay in
+            it, unless they draw dropout themselves; their children are in eval mode all the same.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    if checkpointing:
+        for module, mode in modes.items():
+            if getattr(module, "gradient_checkpointing", False) and not _drops(module):
+                module.training = mode
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module holds a dropout rate of its own, which it may apply by its mode."""
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
 @contextmanager

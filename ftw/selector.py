@@ -82,6 +82,7 @@ class Selector:
         memory_cap: bound in bytes on what a window keeps of its contributions. A window that outgrows it raises
             `MemoryCapError` with `reference="pool"`; with "target" or "previous" M is known before the backward, so
             only alignments are kept, and the best candidates are run again: k of them, 2k for a filter that needs K.
+            The contributions of those are held at once; they are outside the cap.
         granularity: "sample", or "token": the tokens of the model's (rows, T) inputs are the candidates, numbered
             row by row. Filters that need no K ("topk") and solver "uniform" scale to any number of tokens.
         uncovered: what happens to trainable parameters of layers without a rule: "error", "scale" (they do not take

@@ -144,7 +144,7 @@ class Target:
         devices = {p.device for p in parameters if p.device.type == "cuda"}
         with (
             parked_gradients({*model.parameters(), *parameters}),
-            evaluating(model),
+            evaluating(model, checkpointing=True),
             torch.random.fork_rng(devices),
             torch.enable_grad(),
         ):

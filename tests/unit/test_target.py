@@ -202,3 +202,28 @@ def test_an_iterable_that_ends_for_good_is_an_error() -> None:
         target.gradient(model, dict(model.named_parameters()))
     with pytest.raises(TargetError, match="no more batches after 2"):
         target.gradient(model, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_stays_on_and_dropout_off(reentrant: bool) -> None:
+    from tests.models import batch_of, lora_llama, token_mean
+
+    model = lora_llama(dropout=0.5)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = Target([batch_of(3)], token_mean).gradient(model, params)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+    calls = []
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            original = module._gradient_checkpointing_func
+
+            def counted(*args: object, original: object = original, **kwargs: object) -> object:
+                calls.append(1)
+                return original(*args, **kwargs)  # type: ignore[operator]
+
+            module._gradient_checkpointing_func = counted  # type: ignore[assignment]
+    found = Target([batch_of(3)], token_mean).gradient(model, params)
+    assert calls
+    for p in params.values():
+        torch.testing.assert_close(found[p], expected[p], rtol=1e-10, atol=1e-14)
+    assert all(module.training for module in model.modules())
