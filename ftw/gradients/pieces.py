@@ -4,6 +4,8 @@ A contribution c_i is the sum of its pieces (several micro-batches, a layer call
 two layers). A parameter is seen as rows, its first dimension (all but the last where it has three or more), because
 a diagonal M acts row block by row block and memory is then bounded by the block. Made by the rules of the layers,
 kept by an extractor, read by `Contributions`.
+
+Longer than others: the forms are short, and share one law that is best read side by side.
 """
 
 from __future__ import annotations
