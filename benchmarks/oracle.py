@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if importlib.util.find_spec("opacus") is None:
     sys.exit("opacus is not installed, one of the references; it comes with: pip install -e '.[dev]'")
 
-from tests.models import batch_of, lora_llama, tiny_llama
+from tests.models import batch_of, lora_llama, tiny_gpt2, tiny_llama
 from tests.oracle.test_contributions import per_sample_loop, per_sample_vmap
-from tests.oracle.test_gpt2 import contributions_by_name, errors, tiny_gpt2
+from tests.oracle.test_gpt2 import contributions_by_name, errors
 from tests.oracle.test_opacus import per_sample_opacus
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftw.arguments import at_least, one_of
 from ftw.assembly import OBJECTIVES, Measurement
 from ftw.errors import ConfigurationError, FilterError, SolverError
 from ftw.filters.base import Filter
@@ -287,20 +288,4 @@ def _check_budget(budget: Any) -> None:
     if not isinstance(budget, Integral) and float(budget) > 1:
         raise ConfigurationError(
             f"budget is {budget!r}; a float is a fraction of the pool and lies in (0, 1]; pass an int for a count."
-        )
-
-
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise `ConfigurationError` unless the value is one of the allowed."""
-    if value not in allowed:
-        raise ConfigurationError(
-            f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}; choose one of them."
-        )
-
-
-def at_least(name: str, value: Any, least: float) -> None:
-    """Raise `ConfigurationError` unless the value is a number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ConfigurationError(
-            f"{name} is {value!r}; a number of at least {least} is needed; set it so or leave it out."
         )

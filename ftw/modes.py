@@ -49,6 +49,12 @@ def parked_gradients(parameters: Iterable[Parameter]) -> Iterator[None]:
             p.grad = grad
 
 
+def random_state(device: torch.device) -> list[Tensor]:
+    """State of torch's generators that a forward on the device draws from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity; one transfer from the device, no overflow of its own."""
     largest = torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], norm_type=float("inf"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,13 @@ class Scores:
         alignment: (n,) float64 under the geometry that selects.
         true: (n,) float64 under M, in nats; the same where the geometry is "curvature".
         offset_drop: g'o, in nats.
+        total: the sum of the contributions, where M was read from it.
     """
 
     alignment: Tensor
     true: Tensor
     offset_drop: float
+    total: Mapping[Parameter, Tensor] | None = None
 
 
 def updates(
@@ -42,8 +45,8 @@ def updates(
     reference: str,
     total: Mapping[Parameter, Tensor] | None = None,
     residual: Mapping[Parameter, Tensor] | None = None,
-) -> Iterator[tuple[Parameter, TensorUpdate]]:
-    """The coming step, parameter by parameter, residual included in the offset.
+) -> Iterator[tuple[Parameter, Mapping[str, Any], TensorUpdate]]:
+    """The coming step, parameter by parameter with its group, residual included in the offset.
 
     Args:
         reference: "pool" needs `total`; "previous" takes `total`, or else g, at a parameter's first step.
@@ -64,7 +67,7 @@ def updates(
         )
         if extra is not None:
             update = TensorUpdate(update.scale, update.offset + update.scale.apply(extra), update.gain)
-        yield p, update
+        yield p, groups[p], update
 
 
 def directions(
@@ -79,10 +82,9 @@ def directions(
 
     Known before the backward, because the reference is not the pool.
     """
-    groups = groups_of(optimizer, list(parameters))
     return {
-        p: chosen_scale(geometry, update.scale, groups[p]).apply(target[p])
-        for p, update in updates(parameters, optimizer, preconditioner, target, reference)
+        p: chosen_scale(geometry, update.scale, group).apply(target[p])
+        for p, group, update in updates(parameters, optimizer, preconditioner, target, reference)
     }
 
 
@@ -97,19 +99,17 @@ def score(
 ) -> Scores:
     """Alignments of all candidates, with nothing the size of n parameters or n x n."""
     parameters = contributions.parameters
-    groups = groups_of(optimizer, parameters)
     total = contributions.combine() if reference != "target" and preconditioner.structure != "scalar" else None
     along: dict[Parameter, Tensor] = {}
     true: dict[Parameter, Tensor] = {}
     offset_drop = 0.0
-    for p, update in updates(parameters, optimizer, preconditioner, target, reference, total, residual):
+    for p, group, update in updates(parameters, optimizer, preconditioner, target, reference, total, residual):
         true[p] = update.scale.apply(target[p])
-        along[p] = (
-            true[p] if geometry == "curvature" else chosen_scale(geometry, update.scale, groups[p]).apply(target[p])
-        )
+        along[p] = true[p] if geometry == "curvature" else chosen_scale(geometry, update.scale, group).apply(target[p])
         offset_drop += float((target[p] * update.offset).sum(dtype=torch.float64))
     alignment = contributions.alignment(along)
-    return Scores(alignment, alignment if geometry == "curvature" else contributions.alignment(true), offset_drop)
+    exact = alignment if geometry == "curvature" else contributions.alignment(true)
+    return Scores(alignment, exact, offset_drop, total)
 
 
 def curvature(
@@ -123,7 +123,7 @@ def curvature(
 ) -> float:
     """`1/2 d'P^-1 d` of the step `d = o + M G`, in nats (DESIGN, section 2)."""
     result = 0.0
-    for p, update in updates(gradient, optimizer, preconditioner, target, reference, total, residual):
+    for p, _, update in updates(gradient, optimizer, preconditioner, target, reference, total, residual):
         root = update.scale.power(0.5)
         whole = whitened(root, update.offset) + root.apply(gradient[p].to(update.offset.dtype))
         result += update.gain / 2 * float(whole.square().sum(dtype=torch.float64))

@@ -20,8 +20,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw import registry
+from ftw.arguments import at_least, one_of
 from ftw.assembly import GEOMETRIES, REFERENCES, Measurement, groups_of, is_idle, measure
-from ftw.decision import ConstraintMaker, Policy, at_least, one_of
+from ftw.decision import ConstraintMaker, Policy
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.filters.all import All
 from ftw.filters.base import Filter
@@ -453,6 +454,7 @@ class Selector:
         target, residual = self._target(), self._recorder.residual
         parts = self.optimizer, self.preconditioner, target, residual
         scores = score(contributions, *parts, geometry, self.reference)
+        total = scores.total if self.reference == "pool" else None
         finite = torch.isfinite(scores.alignment)
         if not bool(finite.all()):
             if self._scaled:
@@ -473,7 +475,6 @@ class Selector:
             if self.policy.solver.needs_gram and len(chosen):
                 _refuse_large_gram(len(chosen), f"solver {type(self.policy.solver).__name__}")
                 members = contributions.only(chosen)
-                total = contributions.combine() if self.reference == "pool" else None
                 measurement = measure(members, *parts, geometry, self.reference, total)
                 policy = replace(self.policy, filter=All())
                 selection = policy.decide(
@@ -484,7 +485,6 @@ class Selector:
             else:
                 selection = self.policy.share_equally(chosen, scores, geometry, self._mass(), absent)
                 combined = contributions.combine(selection.weights)
-                total = contributions.combine() if self.reference == "pool" else None
                 bend = curvature(combined, *parts, self.reference, total)
                 selection.diagnostics["curvature"] = bend
                 drop = selection.diagnostics["first_order"] - bend

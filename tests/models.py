@@ -66,6 +66,40 @@ def lora_llama(dtype: torch.dtype = torch.float64, *, dropout: float = 0.0, seed
     return model.to(dtype).train()
 
 
+def tiny_gpt2(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
+    """A GPT-2 of 2 layers and 61 tokens without dropout; nothing in it is in another precision than `dtype`.
+
+    Its norms are torch's own, its loss `token_mean`; only the attention's softmax had to be replaced.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("exact", exact_attention)
+    AttentionMaskInterface.register("exact", eager_mask)
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=61,
+        n_positions=64,
+        n_embd=16,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=True,
+        attn_implementation="exact",
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(config).to(dtype)
+    with torch.no_grad():  # biases and norms start at constants
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.train()
+
+
 def batch_of(rows: int, length: int = 11, *, seed: int = 0, vocabulary: int = 61) -> dict[str, torch.Tensor]:
     """Right-padded rows of different lengths, prompt tokens masked in the labels."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -36,8 +37,13 @@ class Tokens:
     @property
     def even(self) -> int | None:
         """How many tokens every candidate has, where all have as many."""
-        lengths = {b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)}
-        return lengths.pop() if len(lengths) == 1 else None
+        return even_length(self.bounds)
+
+
+def even_length(bounds: tuple[int, ...]) -> int | None:
+    """The distance between neighbouring borders, where it is the same for all."""
+    lengths = {b - a for a, b in pairwise(bounds)}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 class Layout:

@@ -18,6 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ftw.gradients.layout import even_length
+
 Rows = slice | Tensor
 """Some rows of a parameter: a slice with start and stop, or a LongTensor of ascending row numbers."""
 
@@ -155,6 +157,7 @@ class TokenPiece(Piece):
     grads: Tensor  # B, (N, d_out): the gradient at each token
     scale: float  # one over the loss scale
     tokenwise: ClassVar[tuple[str, ...]] = ("grads",)
+    """The tensors that are kept, one entry for each token."""
 
     @property
     def count(self) -> int:
@@ -165,10 +168,17 @@ class TokenPiece(Piece):
         return self.grads.device
 
     @property
+    def numel(self) -> int:
+        return sum(getattr(self, name).numel() for name in self.tokenwise)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.tokenwise)
+
+    @property
     def even(self) -> int | None:
         """Tokens of every candidate, where all have as many."""
-        each = self.bounds[1] - self.bounds[0]
-        return each if self.bounds == tuple(each * i for i in range(len(self.bounds))) else None
+        return even_length(self.bounds)
 
     def owners(self) -> Tensor:  # (N,)
         """The candidate of each token."""
@@ -207,9 +217,9 @@ class TokenPiece(Piece):
         tokens = {name: getattr(self, name)[index] for name in self.tokenwise}
         return replace(self, start=0, bounds=tuple(bounds), **tokens)
 
+    @abstractmethod
     def token_alignment(self, direction: Tensor) -> Tensor:  # (*shape) -> (N,)
         """Each token's own share of `alignment`; in `dtype`."""
-        raise NotImplementedError
 
     def alignment(self, direction: Tensor) -> Tensor:
         shares = self.token_alignment(direction)
@@ -230,14 +240,6 @@ class OuterProduct(TokenPiece):
     inputs: Tensor  # A, (N, d_in)
     first_row: int = 0
     tokenwise: ClassVar[tuple[str, ...]] = ("grads", "inputs")
-
-    @property
-    def numel(self) -> int:
-        return self.inputs.numel() + self.grads.numel()
-
-    @property
-    def nbytes(self) -> int:
-        return self.inputs.nbytes + self.grads.nbytes
 
     @property
     def last_row(self) -> int:
@@ -323,14 +325,6 @@ class OuterProduct(TokenPiece):
 class Broadcast(TokenPiece):
     """A parameter added to, or multiplied with, every token: `c_i = scale * sum_t grads[t]`, grads (N, *shape)."""
 
-    @property
-    def numel(self) -> int:
-        return self.grads.numel()
-
-    @property
-    def nbytes(self) -> int:
-        return self.grads.nbytes
-
     def add_rows(self, out: Tensor, rows: Rows, *, overwrite: bool) -> None:
         if overwrite:
             out.zero_()
@@ -360,14 +354,6 @@ class RowScatter(TokenPiece):
 
     row_of: Tensor  # (N,) int64; -1 where the look-up has no gradient (padding_idx)
     tokenwise: ClassVar[tuple[str, ...]] = ("grads", "row_of")
-
-    @property
-    def numel(self) -> int:
-        return self.row_of.numel() + self.grads.numel()
-
-    @property
-    def nbytes(self) -> int:
-        return self.row_of.nbytes + self.grads.nbytes
 
     def touched_rows(self) -> Tensor | None:
         rows = self.row_of.unique()

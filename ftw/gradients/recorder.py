@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ftw.arguments import one_of
 from ftw.errors import CandidateLayoutError, ConfigurationError, MemoryCapError, RecordingError
 from ftw.gradients import audit
 from ftw.gradients.auto import Auto
@@ -27,10 +28,11 @@ from ftw.gradients.base import Contributions, GradientExtractor
 from ftw.gradients.coverage import UNCOVERED, TappedLayer, find_layers
 from ftw.gradients.layout import Layout, candidate_maps
 from ftw.gradients.pieces import Piece, as_rows
-from ftw.gradients.replay import random_state, replayed_output
+from ftw.gradients.replay import replayed_output
 from ftw.gradients.rules import RULES, Call, LayerRule
 from ftw.gradients.tap import Tap
 from ftw.gradients.window import Forward, Window
+from ftw.modes import random_state
 
 RESIDUALS = ("error", "keep")
 GRANULARITIES = ("sample", "token")
@@ -76,15 +78,9 @@ class Recorder:
         granularity: str = "sample",
         memory_cap: int | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("residual", residual, RESIDUALS),
-            ("uncovered", uncovered, UNCOVERED),
-            ("granularity", granularity, GRANULARITIES),
-        ):
-            if value not in allowed:
-                raise ConfigurationError(
-                    f"{name} is {value!r}; allowed are {allowed}; choose one, {allowed[0]!r} is the default."
-                )
+        one_of("residual", residual, RESIDUALS)
+        one_of("uncovered", uncovered, UNCOVERED)
+        one_of("granularity", granularity, GRANULARITIES)
         self.model = model
         self.extractor = Auto() if extractor is None else extractor
         self.lean = lean
@@ -92,6 +88,7 @@ class Recorder:
         self.granularity = granularity
         self.memory_cap = memory_cap
         self.direction: Mapping[Parameter, Tensor] | None = None
+        self.autocast_state: tuple[str, torch.dtype] | None = None  # that the last forward ran in: device type, dtype
         self.uncovered: dict[Parameter, str] = {}
         self._uncovered_policy = uncovered
         self._rules = rules
@@ -105,7 +102,6 @@ class Recorder:
         self._auditing = False
         self._inside: Forward | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._autocast: tuple[str, torch.dtype] | None = None
         self._maps: list[Tensor] | None = None
         self._block = 0
         self._first = 0
@@ -213,15 +209,6 @@ class Recorder:
         return self._parameters
 
     @property
-    def autocast_state(self) -> tuple[str, torch.dtype] | None:
-        """Device type and dtype of the autocast that the last recorded forward ran in."""
-        return self._autocast
-
-    @autocast_state.setter
-    def autocast_state(self, state: tuple[str, torch.dtype] | None) -> None:
-        self._autocast = state
-
-    @property
     def precision(self) -> float:
         """The coarsest machine epsilon among the gradients that were recorded."""
         return self._precision
@@ -241,10 +228,10 @@ class Recorder:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The autocast state that the last recorded forward ran in."""
-        if self._autocast is None:
+        if self.autocast_state is None:
             yield
             return
-        device, dtype = self._autocast
+        device, dtype = self.autocast_state
         with torch.autocast(device, dtype=dtype):
             yield
 
@@ -372,7 +359,7 @@ class Recorder:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._input_storages = {_storage(tensor) for tensor in tensors}
         device = self._anchor_device.type
-        self._autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        self.autocast_state = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         waiting = any(not forward.reached for forward in self.window.forwards)
         if waiting:
             for forward in self.window.forwards:

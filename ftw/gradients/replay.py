@@ -79,12 +79,6 @@ def replayed_output(output: Any, layout: Layout) -> tuple[int, Tensor] | None:
     return None
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """State of torch's generators that a forward on the device draws from."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
 def _needed(window: Window, local: Tensor) -> Iterator[tuple[Forward, Tensor]]:
     """The forwards that hold chosen candidates (local >= 0), with the rows to run."""
     for forward in window.forwards:

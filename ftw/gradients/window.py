@@ -76,9 +76,8 @@ class Window:
     def align(self, piece: Piece, direction: Tensor) -> None:
         """Add a piece's alignment to what is left of the dropped ones."""
         end = piece.start + piece.count
-        have = torch.zeros(0, dtype=torch.float64, device=piece.device) if self.alignment is None else self.alignment
-        if len(have) < end:
-            have = torch.cat([have, have.new_zeros(end - len(have))])
-        have = have.clone() if have is self.alignment else have
-        have[piece.start : end] += piece.alignment(direction).to(have.device, torch.float64)
-        self.alignment = have
+        if self.alignment is None:
+            self.alignment = torch.zeros(end, dtype=torch.float64, device=piece.device)
+        if len(self.alignment) < end:
+            self.alignment = torch.cat([self.alignment, self.alignment.new_zeros(end - len(self.alignment))])
+        self.alignment[piece.start : end] += piece.alignment(direction).to(self.alignment.device, torch.float64)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw.gradients import Auto, Recorder
-from tests.models import batch_of, exact_attention, label_tokens, token_mean
+from tests.models import batch_of, label_tokens, tiny_gpt2, token_mean
 from tests.oracle.test_contributions import (
     EXTRACTORS,
     per_sample_loop,
@@ -18,40 +18,6 @@ from tests.oracle.test_contributions import (
 
 BOUND = 1e-12
 """Relative; rounding is some 1e-15 an operation."""
-
-
-def tiny_gpt2(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> nn.Module:
-    """A GPT-2 of 2 layers and 61 tokens without dropout; nothing in it is in another precision than `dtype`.
-
-    Its norms are torch's own, its loss `token_mean`; only the attention's softmax had to be replaced.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register("exact", exact_attention)
-    AttentionMaskInterface.register("exact", eager_mask)
-
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=61,
-        n_positions=64,
-        n_embd=16,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        tie_word_embeddings=True,
-        attn_implementation="exact",
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = GPT2LMHeadModel(config).to(dtype)
-    with torch.no_grad():  # biases and norms start at constants
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.train()
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

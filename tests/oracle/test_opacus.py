@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import batch_of, label_tokens, lora_llama, tiny_llama, token_mean
+from tests.models import batch_of, label_tokens, lora_llama, tiny_gpt2, tiny_llama, token_mean
 from tests.oracle.test_contributions import relative
-from tests.oracle.test_gpt2 import BOUND, contributions_by_name, errors, tiny_gpt2
+from tests.oracle.test_gpt2 import BOUND, contributions_by_name, errors
 
 pytest.importorskip("opacus", reason="opacus is not installed; it comes with the extra 'dev'")
 

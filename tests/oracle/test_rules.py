@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ftw.errors import CandidateLayoutError, ConfigurationError, CoverageError, RecordingError
 from ftw.gradients import Auto, LoRA, Recorder
 from ftw.gradients.rules import FunctionalRule, rules_for
-from tests.models import batch_of, label_tokens, tiny_llama, token_mean
+from tests.models import batch_of, label_tokens, tiny_gpt2, tiny_llama, token_mean
 
 Loss = Callable[[nn.Module, slice], Tensor]
 """The share of some rows in the loss of the whole batch."""
@@ -600,32 +600,8 @@ def test_token_maps_reach_experts(keep_precision: None) -> None:
     assert worst_error(model, text_loss(batch), 4, candidates=rows) < 1e-10
 
 
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tiny_llama()
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=61,
-        n_positions=16,
-        n_embd=16,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation="exact",
-        pad_token_id=0,
-    )
-    model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.double().train()
-
-
 def test_gpt2() -> None:
-    model = gpt2()
+    model = tiny_gpt2()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert worst_error(model, text_loss(batch_of(4)), 4) < 1e-10
 

@@ -23,6 +23,7 @@ from ftw.errors import CandidateLayoutError, ConfigurationError, FtwError, Recor
 from ftw.gradients.layout import Tokens
 from ftw.gradients.pieces import Dense, Piece, as_rows
 from ftw.gradients.rules.base import Call, LayerRule, accumulate
+from ftw.modes import random_state
 
 Evaluation = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 """(parameters, tensor arguments) -> the outputs that got gradient."""
@@ -244,7 +245,7 @@ def _one_by_one(
         if first == last:
             continue
         own = [t[first:last] if divided else t for t, divided in zip(taken, division.divided, strict=True)]
-        state = _random_state(call.inputs)
+        state = random_state(call.inputs.device)
         try:
             grads, out = _product(
                 evaluate, parameters, own, [grad[bounds[i] : bounds[i + 1]] for grad, bounds in cotangents]
@@ -264,13 +265,8 @@ def _one_by_one(
     return found, [torch.cat(each) for each in zip(*outputs, strict=True)]
 
 
-def _random_state(inputs: Tensor) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(inputs.device)] if inputs.is_cuda else states
-
-
 def _refuse_random(call: Call, before: list[Tensor]) -> None:
-    if all(torch.equal(a, b) for a, b in zip(before, _random_state(call.inputs), strict=True)):
+    if all(torch.equal(a, b) for a, b in zip(before, random_state(call.inputs.device), strict=True)):
         return
     torch.set_rng_state(before[0])
     if len(before) > 1:
