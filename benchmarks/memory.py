@@ -1,6 +1,6 @@
 """Peak memory of a step with selection over that of a plain step on the same pool.
 
-    python benchmarks/memory.py [--tokens 256] [--pool 16] [--cap-mb 32] [--cases lora full] [--out figures.json]
+    python benchmarks/memory.py [--tokens 256] [--pool 16] [--cap-mb 96] [--cases lora full] [--out figures.json]
     python benchmarks/memory.py --preset qwen3-0.6b --dtype bf16 --device cuda --tokens 2048
 
 Each figure comes from a process of its own, so that no allocator or cache is warm from another. What is counted is
@@ -14,6 +14,11 @@ profiler's events would count.
 A ratio is peak over peak, weights and optimizer state included, as that is what must fit. "Above what stays" leaves out
 what is live between steps. The first step (audit: non-lean, with extra forwards) is reported apart. The target
 gradient is part of every step, as by default.
+
+With `memory_cap`, "kept" is the most that the last step's window held by the selector's own count, which the cap
+bounds, and "replays" how many second forwards and backwards of the survivors' rows that took. The cap must hold the
+pool's output gradients: candidates x tokens x vocabulary numbers, 64 MiB by default. Beside it stand g and the
+direction M g, a gradient's size each.
 """
 
 from __future__ import annotations
@@ -68,7 +73,11 @@ CASES = {
 METHODS = ("plain", "ftw")
 
 
-def prepare(arguments: argparse.Namespace, case: Case, method: str) -> Callable[[], None]:
+Step = Callable[[], dict[str, int]]
+"""Makes a step; returns what the selector says of it, where it does."""
+
+
+def prepare(arguments: argparse.Namespace, case: Case, method: str) -> Step:
     """Everything that a run makes before its first step; returns the step."""
     import ftw
 
@@ -91,10 +100,11 @@ def prepare(arguments: argparse.Namespace, case: Case, method: str) -> Callable[
         for part in pool.chunk(case.micro_batches):
             (model(input_ids=part, labels=part, use_cache=False).loss * (len(part) / len(pool))).backward()
 
-    def plain() -> None:
+    def plain() -> dict[str, int]:
         backward()
         optimizer.step()
         optimizer.zero_grad()
+        return {}
 
     if method == "plain":
         return plain
@@ -106,14 +116,15 @@ def prepare(arguments: argparse.Namespace, case: Case, method: str) -> Callable[
         model, optimizer, target=batches, target_batches=len(batches), budget=arguments.budget, warmup=0, **capped
     )
 
-    def selected() -> None:
+    def selected() -> dict[str, int]:
         # The block is entered once a micro-batch, as an accumulating trainer does.
         for part in pool.chunk(case.micro_batches):
             with selector.record():
                 (model(input_ids=part, labels=part, use_cache=False).loss * (len(part) / len(pool))).backward()
-        selector.apply()
+        diagnostics = selector.apply().diagnostics
         optimizer.step()
         optimizer.zero_grad()
+        return {name: diagnostics[name] for name in ("kept_bytes", "replays") if name in diagnostics}
 
     return selected
 
@@ -129,25 +140,26 @@ def measure(arguments: argparse.Namespace, case: Case, method: str) -> dict[str,
 def by_device(arguments: argparse.Namespace, case: Case, method: str) -> dict[str, int]:
     device = torch.device(arguments.device)
     step = prepare(arguments, case, method)
-    peaks, between = [], 0
+    peaks, between, said = [], 0, {}
     for _ in range(STEPS):
         between = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step()
+        said = step()
         torch.cuda.synchronize(device)
         peaks.append(torch.cuda.max_memory_allocated(device))
-    return {"first": peaks[0], "peak": peaks[-1], "between": between}
+    return {"first": peaks[0], "peak": peaks[-1], "between": between, **said}
 
 
 def by_profiler(arguments: argparse.Namespace, case: Case, method: str) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     # The profiler knows the size of a block that is released only if it saw its allocation: it starts first.
+    said: dict[str, int] = {}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step = prepare(arguments, case, method)
         for number in range(STEPS):
             with record_function(f"step {number}"):
-                step()
+                said = step()
     results: Any = profiler.profiler
     events = results.kineto_results.events()
     begun = sorted(event.start_ns() for event in events if event.name().startswith("step "))
@@ -165,7 +177,7 @@ def by_profiler(arguments: argparse.Namespace, case: Case, method: str) -> dict[
         live += change
         if number >= 0:
             peaks[number] = max(peaks[number], live)
-    return {"first": peaks[0], "peak": peaks[-1], "between": between}
+    return {"first": peaks[0], "peak": peaks[-1], "between": between, **said}
 
 
 def resident(arguments: argparse.Namespace, case: Case, method: str) -> dict[str, int]:
@@ -193,8 +205,8 @@ def in_process(case: str, method: str, what: str) -> dict[str, Any]:
 
 
 HEADER = (
-    "| case | plain, MB | with selection, MB | peak over plain | above what stays | first step | resident set |\n"
-    "|---|---|---|---|---|---|---|"
+    "| case | plain, MB | with selection, MB | peak over plain | above what stays | first step | resident set "
+    "| kept, MB | replays |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -224,10 +236,12 @@ def compare(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     """A row in Markdown."""
     if "failure" in row:
-        return f"| {row['title']} | {row['failure']} | | | | | |"
+        return f"| {row['title']} | {row['failure']} | | | | | | | |"
     cells = [row["title"], f"{row['plain']['peak'] / 1e6:.1f}", f"{row['ftw']['peak'] / 1e6:.1f}"]
     cells += [f"{row[key]:.2f}" for key in ("ratio", "above", "first")]
     cells.append("" if row["resident"] is None else f"{row['resident']:.2f}")
+    ours = row["ftw"]
+    cells += [f"{ours['kept_bytes'] / 1e6:.1f}", str(ours["replays"])] if "replays" in ours else ["", ""]
     return f"| {' | '.join(cells)} |"
 
 
@@ -241,7 +255,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=16)
     parser.add_argument("--target", type=int, default=8)
     parser.add_argument("--budget", type=int, default=4)
-    parser.add_argument("--cap-mb", type=int, default=32, help="memory_cap of the cases that have one, in MiB")
+    parser.add_argument("--cap-mb", type=int, default=96, help="memory_cap of the cases that have one, in MiB")
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -7,8 +7,8 @@ Called by the selector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,79 +16,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from ftw.curvature.base import Curvature
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.gradients.base import Block, Contributions, Products
-from ftw.gradients.pieces import as_rows
-from ftw.optim_state.base import Preconditioner, Scalar, ScaleOperator, state_of, state_rows
+from ftw.gradients.pieces import Rows, as_rows
+from ftw.measurement import Measurement, Quadratic
+from ftw.optim_state.base import Preconditioner, Scalar, ScaleOperator, TensorUpdate, state_of
+from ftw.optim_state.operators import Product
 
 GEOMETRIES = ("curvature", "update", "vanilla")
 OBJECTIVES = ("match", "utility")
 REFERENCES = ("pool", "target", "previous")
-
-
-class Quadratic:
-    """`b'w - 1/2 w'Kw` under one scale, float64: sums over parameters, on their device until `to_cpu`.
-
-    Attributes:
-        alignment: b = C'M g, (n,).
-        gram: K = C'M C, (n, n).
-        target: g'M g, ().
-    """
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.alignment = torch.zeros(n, dtype=torch.float64, device=device)
-        self.gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self.target = torch.zeros((), dtype=torch.float64, device=device)
-
-
-class Measurement:
-    """What one pass over the contributions yields.
-
-    With M the true update scale, o its offset, kappa the gain and P = M / kappa (DESIGN, section 2):
-
-    Attributes:
-        true: b and K under M. b is in nats.
-        chosen: b and K under the geometry that selects; the same object as `true` for "curvature".
-        gained: `sum_p kappa_p K_p`, (n, n): the curvature of the target under the model H = P^-1.
-        coupling: `sum_p kappa_p C_p'o_p`, (n,): how the offset's curvature meets each candidate.
-        offset_drop: g'o, (), the first-order drop that the offset brings by itself, in nats.
-        offset_curvature: `1/2 o'P^-1 o`, (), in nats.
-        excluded: quarantined candidates, ascending.
-    """
-
-    def __init__(self, n: int, geometry: str, device: torch.device) -> None:
-        self.true = Quadratic(n, device)
-        self.chosen = self.true if geometry == "curvature" else Quadratic(n, device)
-        self.gained = torch.zeros_like(self.true.gram)
-        self.coupling = torch.zeros_like(self.true.alignment)
-        self.offset_drop = torch.zeros_like(self.true.target)
-        self.offset_curvature = torch.zeros_like(self.true.target)
-        self.excluded: tuple[int, ...] = ()
-
-    def first_order(self, weights: Tensor) -> float:
-        """`g'(o + M C w)`, in nats."""
-        return float(self.offset_drop + self.true.alignment @ weights)
-
-    def curvature(self, weights: Tensor) -> float:
-        """`1/2 d'P^-1 d` with `d = o + M C w`, in nats."""
-        quadratic = weights @ self.gained @ weights / 2
-        return float(quadratic + self.coupling @ weights + self.offset_curvature)
-
-    def is_finite(self) -> bool:
-        """Whether every number is finite."""
-        return all(bool(torch.isfinite(tensor).all()) for _, _, tensor in self._tensors())
-
-    def add(self, other: Measurement) -> None:
-        """Add the sums of another device."""
-        for (owner, name, mine), (_, _, theirs) in zip(self._tensors(), other._tensors(), strict=True):
-            setattr(owner, name, mine + theirs.to(mine.device))
-
-    def _tensors(self) -> list[tuple[Any, str, Tensor]]:
-        names = ("gained", "coupling", "offset_drop", "offset_curvature")
-        found: list[tuple[Any, str, Tensor]] = [(self, name, getattr(self, name)) for name in names]
-        for quadratic in (self.true,) if self.chosen is self.true else (self.true, self.chosen):
-            found += [(quadratic, name, getattr(quadratic, name)) for name in ("alignment", "gram", "target")]
-        return found
 
 
 def measure(
@@ -100,6 +38,8 @@ def measure(
     geometry: str,
     reference: str = "pool",
     total: Mapping[Parameter, Tensor] | None = None,
+    curvature: Curvature | None = None,
+    further: Sequence[Mapping[Parameter, Tensor]] = (),
 ) -> Measurement:
     """One pass over the contributions; candidates with NaN or infinity are found and quarantined.
 
@@ -113,20 +53,22 @@ def measure(
         total: sum of the pool's contributions, where those given are not the whole pool.
         reference: what this step's second moment is predicted from: "pool" (the sum of the contributions), "target"
             (g) or "previous" (the second moment as the last step left it; the pool at a parameter's first step).
+        curvature: model of the target's Hessian; None: the optimizer's own, P^-1.
+        further: gradients g_j of several targets whose alignments are wanted beside those of g.
 
     Raises:
         NonFiniteError: numbers that are not finite although no candidate is to blame.
     """
     if geometry not in GEOMETRIES:
         raise ConfigurationError(f"geometry is {geometry!r}; allowed are {', '.join(GEOMETRIES)}.")
-    result = _pass(contributions, optimizer, preconditioner, target, residual, geometry, reference, total)
+    rest = optimizer, preconditioner, target, residual, geometry, reference, total, curvature, further
+    result = _pass(contributions, *rest)
     if result.is_finite():
         return result
     # Rare: look for the culprits, and measure the others without them (also out of the reference).
     excluded = contributions.nonfinite_candidates()
     if excluded and len(excluded) < contributions.count:
-        rest = contributions.without(excluded)
-        result = _pass(rest, optimizer, preconditioner, target, residual, geometry, reference, total)
+        result = _pass(contributions.without(excluded), *rest)
         result.excluded = excluded
         if result.is_finite():
             return result
@@ -150,28 +92,44 @@ def _pass(
     geometry: str,
     reference: str,
     total: Mapping[Parameter, Tensor] | None,
+    curvature: Curvature | None,
+    further: Sequence[Mapping[Parameter, Tensor]],
 ) -> Measurement:
     n = contributions.count
     # One set of sums a device and one transfer at the end: a transfer a block would stall an accelerator's queue.
     sums: dict[torch.device, Measurement] = {}
-    for part in _parts(contributions, optimizer, preconditioner, target, residual, total or {}):
-        into = sums.setdefault(part.theta.device, Measurement(n, geometry, part.theta.device))
-        seen = None if preconditioner.structure == "scalar" else _reference(part, reference)
-        update = preconditioner.linearise_tensor(part.theta, part.group, part.state, seen)
-        offset = update.offset if part.extra is None else update.offset + update.scale.apply(part.extra)
-        root = update.scale.power(0.5)
-        pull = whitened(root, offset)
+    parts = optimizer, preconditioner, target, residual, reference, total or {}, curvature, further
+    for part in _parts(contributions, *parts):
+        into = sums.setdefault(part.g.device, Measurement(n, geometry, part.g.device, len(further)))
+        update, offset = part.update, part.offset
+        root = update.scale.sqrt()
+        pull = root.solve(offset)
         into.offset_drop += _dot(part.g, offset)
-        into.offset_curvature += update.gain / 2 * _dot(pull, pull)
+        for j, g in enumerate(part.further):
+            into.offset_drops[j] += _dot(g, offset)
+            _align(into.true, j, part.block, update.scale.apply(g))
+            if into.chosen is not into.true:
+                _align(into.chosen, j, part.block, chosen_scale(geometry, update.scale, part.group).apply(g))
         if into.chosen is not into.true:
-            scale = chosen_scale(geometry, update.scale, part.group).power(0.5)
+            scale = chosen_scale(geometry, update.scale, part.group).sqrt()
             _add(into.chosen, part.block.products(scale, part.g, pull, last=False), scale, part.g)
-        products = part.block.products(root, part.g, pull)
+        if part.hessian is None:
+            products = part.block.products(root, part.g, pull)
+            into.offset_curvature += update.gain / 2 * _dot(pull, pull)
+            if products is not None:
+                into.gained += update.gain * products.gram
+                into.coupling += update.gain * products.coupling
+        else:
+            products = part.block.products(root, part.g, pull, last=False)
+            bent = part.hessian.sqrt()
+            pull = bent.apply(offset)
+            into.offset_curvature += _dot(pull, pull) / 2
+            curved = part.block.products(Product(bent, update.scale), part.g, pull)
+            if curved is not None:
+                into.gained += curved.gram
+                into.coupling += curved.coupling
         _add(into.true, products, root, part.g)
-        if products is not None:
-            into.gained += update.gain * products.gram
-            into.coupling += update.gain * products.coupling
-    result = Measurement(n, geometry, torch.device("cpu"))
+    result = Measurement(n, geometry, torch.device("cpu"), len(further))
     for share in sums.values():
         result.add(share)
     return result
@@ -181,13 +139,14 @@ def _pass(
 class _Part:
     """What is measured at once: some rows of a parameter, or several small parameters side by side."""
 
+    parameter: Parameter
     block: Block  # of the candidates
-    theta: Tensor  # (*shape)
+    update: TensorUpdate
+    offset: Tensor  # (*shape), o with the residual's share
     g: Tensor  # (*shape)
-    extra: Tensor | None  # (*shape), the residual
-    total: Tensor | None  # (*shape), the sum of the pool's contributions, where it is not the block's
+    further: tuple[Tensor, ...]  # of (*shape)
     group: Mapping[str, Any]
-    state: Mapping[str, Any]
+    hessian: ScaleOperator | None = None  # None: P^-1
 
 
 def _parts(
@@ -196,61 +155,141 @@ def _parts(
     preconditioner: Preconditioner,
     target: Mapping[Parameter, Tensor],
     residual: Mapping[Parameter, Tensor],
+    reference: str,
     total: Mapping[Parameter, Tensor],
+    curvature: Curvature | None,
+    further: Sequence[Mapping[Parameter, Tensor]],
 ) -> Iterator[_Part]:
     groups = groups_of(optimizer, contributions.parameters)
-    alike: dict[Any, list[tuple[Parameter, Mapping[str, Any]]]] = {}
+    alike: dict[Any, list[_Rows]] = {}
     for p in contributions.parameters:
         theta = p.detach()
         state = preconditioner.prepare(theta, groups[p], state_of(optimizer, p))
-        if preconditioner.elementwise and contributions.is_small(p):
-            alike.setdefault(_kind(theta, groups[p], state), []).append((p, state))
-            continue
-        if not preconditioner.elementwise:
-            (block,) = contributions.blocks(p, split=False)
-            assert block.memory is not None
-            whole_block = Block(block.rows, block.memory.view(-1, *p.shape))
-            yield _Part(whole_block, theta, target[p], residual.get(p), total.get(p), groups[p], state)
-            continue
-        rows_state = {k: as_rows(v) if _is_like(v, theta) else v for k, v in state.items()}
-        whole, g = as_rows(theta), as_rows(target[p])
-        extra, summed = (as_rows(each[p]) if p in each else None for each in (residual, total))
-        for block in contributions.blocks(p, structure=preconditioner.structure):
-            rows = block.rows
-            added, known = (None if each is None else each[rows] for each in (extra, summed))
-            yield _Part(block, whole[rows], g[rows], added, known, groups[p], state_rows(rows_state, whole, rows))
+        others = tuple(g[p] for g in further)
+        whole = _Rows(p, theta, target[p], others, residual.get(p), total.get(p), groups[p], state)
+        hessian = None if curvature is None else curvature.operator(p)
+        # A single number is read as a whole: entries of its state that are like it cannot be told from counters.
+        if hessian is not None or not preconditioner.elementwise or not p.dim():
+            yield from _apart(contributions, _updated(preconditioner, reference, whole, contributions, hessian))
+        elif contributions.is_small(p):
+            alike.setdefault(_kind(theta, groups[p], state), []).append(whole)
+        else:
+            flat = whole.as_rows()
+            for block in contributions.blocks(p, structure=preconditioner.structure):
+                yield _updated(preconditioner, reference, flat.cut(block.rows), block)
     for members in alike.values():
-        states = dict(members)
-        for bundle in contributions.bundles([p for p, _ in members]):
-            yield _side_by_side(contributions, bundle, states, target, residual, total, groups[bundle[0]])
+        every = {rows.parameter: rows for rows in members}
+        for bundle in contributions.bundles(list(every)):
+            side_by_side = _Rows.side_by_side([every[p] for p in bundle])
+            yield _updated(preconditioner, reference, side_by_side, contributions.side_by_side(bundle))
 
 
-def _side_by_side(
-    contributions: Contributions,
-    bundle: list[Parameter],
-    states: Mapping[Parameter, Mapping[str, Any]],
-    target: Mapping[Parameter, Tensor],
-    residual: Mapping[Parameter, Tensor],
-    total: Mapping[Parameter, Tensor],
-    group: Mapping[str, Any],
+@dataclass(frozen=True)
+class _Rows:
+    """Everything but the candidates: a parameter, some rows of it, or several small ones side by side."""
+
+    parameter: Parameter
+    theta: Tensor  # (*shape), as all tensors here
+    g: Tensor
+    further: tuple[Tensor, ...]
+    extra: Tensor | None  # the residual
+    total: Tensor | None  # the sum of the pool's contributions, where it is not that of the block
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+    def as_rows(self) -> _Rows:
+        return self._each(as_rows)
+
+    def cut(self, rows: Rows) -> _Rows:
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _Rows:
+        return replace(
+            self,
+            theta=change(self.theta),
+            g=change(self.g),
+            further=tuple(change(g) for g in self.further),
+            extra=None if self.extra is None else change(self.extra),
+            total=None if self.total is None else change(self.total),
+            state={k: change(v) if _is_like(v, self.theta) else v for k, v in self.state.items()},
+        )
+
+    @staticmethod
+    def side_by_side(members: list[_Rows]) -> _Rows:
+        first = members[0]
+
+        def joined(tensors: list[Tensor | None]) -> Tensor | None:
+            if all(tensor is None for tensor in tensors):
+                return None
+            zeros = (torch.zeros_like(rows.theta) for rows in members)
+            pairs = zip(tensors, zeros, strict=True)
+            return torch.cat([(zero if tensor is None else tensor).flatten() for tensor, zero in pairs])
+
+        state = {
+            key: joined([rows.state[key] for rows in members]) if _is_like(value, first.theta) else value
+            for key, value in first.state.items()
+        }
+        theta, g = joined([rows.theta for rows in members]), joined([rows.g for rows in members])
+        assert theta is not None
+        assert g is not None
+        further = tuple(
+            torch.cat([g.flatten() for g in each]) for each in zip(*(r.further for r in members), strict=True)
+        )
+        extra, total = joined([rows.extra for rows in members]), joined([rows.total for rows in members])
+        return _Rows(first.parameter, theta, g, further, extra, total, first.group, state)
+
+
+def _updated(
+    preconditioner: Preconditioner,
+    reference: str,
+    rows: _Rows,
+    source: Block | Contributions,
+    hessian: ScaleOperator | None = None,
 ) -> _Part:
-    first = states[bundle[0]]
-    state = {
-        key: torch.cat([states[p][key].flatten() for p in bundle]) if _is_like(value, bundle[0]) else value
-        for key, value in first.items()
-    }
-    extra = None
-    if any(p in residual for p in bundle):
-        extra = torch.cat([(residual[p] if p in residual else torch.zeros_like(p)).flatten() for p in bundle])
-    return _Part(
-        block=contributions.side_by_side(bundle),
-        theta=torch.cat([p.detach().flatten() for p in bundle]),
-        g=torch.cat([target[p].flatten() for p in bundle]),
-        extra=extra,
-        total=torch.cat([total[p].flatten() for p in bundle]) if total else None,
-        group=group,
-        state=state,
-    )
+    """The update of these rows. `source`: the block with the candidates; or, for a whole parameter, where to sum."""
+    seen = None
+    if preconditioner.structure != "scalar":
+        seen = _reference(reference, rows, source)
+    update = preconditioner.linearise_tensor(rows.theta, rows.group, rows.state, seen)
+    offset = update.offset if rows.extra is None else update.offset + update.scale.apply(rows.extra)
+    block = source if isinstance(source, Block) else Block(slice(0, 0), None)
+    return _Part(rows.parameter, block, update, offset, rows.g, rows.further, rows.group, hessian)
+
+
+def _reference(reference: str, rows: _Rows, source: Block | Contributions) -> Tensor | None:
+    """The gradient that this step's second moment is predicted from; None: the second moment as it stands."""
+    if reference == "target":
+        return rows.g
+    if reference == "previous" and rows.state:
+        return None
+    # A parameter's first step has no previous one.
+    total = rows.total
+    if total is None:
+        total = source.total() if isinstance(source, Block) else source.total(rows.parameter)
+    total = torch.zeros_like(rows.theta) if total is None else total.to(rows.theta.dtype)
+    return total if rows.extra is None else total + rows.extra
+
+
+def _apart(contributions: Contributions, part: _Part) -> Iterator[_Part]:
+    """The blocks of a parameter whose update is known as a whole: cut to rows, unless an operator mixes them."""
+    scales = [part.update.scale, *([] if part.hessian is None else [part.hessian])]
+    structure = "separable" if all(scale.separable for scale in scales) else "any"
+    mixed = any(scale.mixes_rows for scale in scales)
+    for block in contributions.blocks(part.parameter, split=not mixed, structure=structure):
+        if mixed:
+            yield replace(part, block=block)
+            continue
+        rows = block.rows
+        scale, offset = part.update.scale.cut(rows), as_rows(part.offset)[rows]
+        yield replace(
+            part,
+            block=block,
+            update=replace(part.update, scale=scale, offset=offset),
+            offset=offset,
+            g=as_rows(part.g)[rows],
+            further=tuple(as_rows(g)[rows] for g in part.further),
+            hessian=None if part.hessian is None else part.hessian.cut(rows),
+        )
 
 
 def _kind(theta: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
@@ -264,18 +303,6 @@ def _kind(theta: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> 
 
 def _is_like(value: Any, theta: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == theta.shape
-
-
-def _reference(part: _Part, reference: str) -> Tensor | None:
-    """The gradient that this step's second moment is predicted from; None: the second moment as it stands."""
-    if reference == "target":
-        return part.g
-    if reference == "previous" and part.state:
-        return None
-    # A parameter's first step has no previous one.
-    total = part.block.total() if part.total is None else part.total
-    total = torch.zeros_like(part.theta) if total is None else total.to(part.theta.dtype)
-    return total if part.extra is None else total + part.extra
 
 
 def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Parameter, Mapping[str, Any]]:
@@ -297,7 +324,14 @@ def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Par
 
 def is_idle(optimizer: Optimizer) -> bool:
     """Whether all learning rates are 0, so that the next step moves nothing."""
-    return all(float(group["lr"]) == 0.0 for group in optimizer.param_groups)
+    return all(group["lr"] is not None and float(group["lr"]) == 0.0 for group in optimizer.param_groups)
+
+
+def _align(into: Quadratic, j: int, block: Block, direction: Tensor) -> None:
+    """Add a block's share to `C'M g_j`."""
+    found = block.alignment(direction)
+    if found is not None:
+        into.alignments[:, j] += found
 
 
 def _add(into: Quadratic, products: Products | None, root: ScaleOperator, g: Tensor) -> None:
@@ -311,13 +345,6 @@ def _add(into: Quadratic, products: Products | None, root: ScaleOperator, g: Ten
     into.target += products.target
 
 
-def whitened(root: ScaleOperator, offset: Tensor) -> Tensor:
-    """`M^(-1/2) o`; where M is 0 (a learning rate of 0) the offset is 0 as well, and so is the quotient."""
-    if isinstance(root, Scalar) and not root.value:
-        return torch.zeros_like(offset)
-    return torch.where(offset == 0, 0.0, root.power(-1.0).apply(offset))
-
-
 def _dot(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.vecdot(first.to(second.dtype).flatten(), second.flatten())
 
@@ -326,4 +353,6 @@ def chosen_scale(geometry: str, scale: ScaleOperator, group: Mapping[str, Any]) 
     """The scale that selects: M itself, its square, or the learning rate alone."""
     if geometry == "curvature":
         return scale
-    return scale.power(2.0) if geometry == "update" else Scalar(float(group["lr"]))
+    if geometry == "update":
+        return scale.power(2.0)
+    return Scalar(1.0 if group["lr"] is None else float(group["lr"]))

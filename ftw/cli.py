@@ -137,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _list() -> None:
     from ftw import registry
-    from ftw.experiment.methods import METHODS
+    from ftw.presets import PRESETS
 
     for group, noun in registry.NOUNS.items():
         print(f"{noun}s (entry-point group 'ftw.{group}')")
@@ -145,9 +145,10 @@ def _list() -> None:
             conflict = "  (conflict: names must be unique)" if len(distributions) > 1 else ""
             print(f"  {name:<18}{', '.join(distributions)}{conflict}")
         print()
-    print("methods for --method")
-    for method in METHODS.values():
-        print(f"  {method.name:<18}{method.summary}")
+    print("presets (Selector(preset=...), and --method unless a column is needed or tokens are chosen)")
+    for preset in PRESETS.values():
+        columns = f" (needs extras: {', '.join(preset.needs)})" if preset.needs else ""
+        print(f"  {preset.name:<18}{preset.summary}{columns}")
 
 
 def _options(arguments: argparse.Namespace, out: Path) -> Options:

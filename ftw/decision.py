@@ -5,7 +5,7 @@ Sees n-dimensional numbers only; called by the selector with what the assembly m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ftw.arguments import at_least, one_of
-from ftw.assembly import OBJECTIVES, Measurement
+from ftw.assembly import OBJECTIVES
 from ftw.errors import ConfigurationError, FilterError, SolverError
 from ftw.filters.base import Filter
+from ftw.measurement import Measurement
 from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.scoring import Scores
 from ftw.solvers.base import WeightSolver
@@ -26,6 +27,9 @@ ConstraintMaker = Callable[[Tensor, int], ConstraintSet]
 """`(mass of the chosen candidates (m,), n) -> set of weights`: for sets that depend on the pool."""
 
 TOTALS = ("preserve", "at_most")
+
+SEVERAL = ("mean", "worst", "no_harm")
+"""What several targets are to be; see `Selector`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Policy:
     objective: str
     trust: float
     total: str
+    targets: str = "mean"
 
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
@@ -55,6 +60,7 @@ class Policy:
                 "function of (mass of the chosen, n) that returns one; make an instance."
             )
         one_of("total", self.total, TOTALS)
+        one_of("targets", self.targets, SEVERAL)
         _check_budget(self.budget)
         at_least("ridge", self.ridge, 0.0)
         if not self.trust > 0:
@@ -75,6 +81,7 @@ class Policy:
         *,
         members: Tensor | None = None,
         absent: Sequence[int] = (),
+        extras: Mapping[str, Sequence[Any]] | None = None,
     ) -> Selection:
         """Indices, weights and diagnostics of a step.
 
@@ -85,6 +92,7 @@ class Policy:
             generator: for filters that draw.
             members: (m,) the candidates that were measured, where they are not the whole pool.
             absent: candidates of the pool that are not on offer, and count for nothing.
+            extras: columns of the whole pool, name -> one entry for each candidate.
 
         Raises:
             SolverError: the solver found no usable weights.
@@ -94,13 +102,16 @@ class Policy:
         gone = {*absent, *members[list(measurement.excluded)].tolist()}
         full_mass = _normalised(mass, gone)
         present = torch.tensor([i for i, each in enumerate(members.tolist()) if each not in gone], dtype=torch.long)
-        gram, alignment = self._objective(measurement, geometry)
+        gram, alignment, alignments = self._objective(measurement, geometry)
+        here = members[present].tolist()
         problem = SelectionProblem(
             gram=gram[present][:, present],
             alignment=alignment[present],
             budget=min(_budget(self.budget, n - len(gone)), len(present)),
             mass=full_mass[members[present]],
             generator=generator,
+            alignments=alignments[present] if alignments.shape[1] else None,
+            extras={name: [column[i] for i in here] for name, column in (extras or {}).items()},
         )
         chosen = _check_indices(self.filter(problem), problem, self.filter)
         raw = torch.zeros(len(members), dtype=torch.float64)
@@ -110,17 +121,21 @@ class Policy:
         local, status = self._rescale(raw, full_mass[members], n - len(gone), solution)
         weights = torch.zeros(n, dtype=torch.float64)
         weights[members] = local
-        first, curvature = measurement.first_order(local), measurement.curvature(local)
+        parts = measurement.curvature(local)
         target = float(measurement.chosen.target)
         # ||C w - g||^2 / ||g||^2 for the solver's own weights, before they are rescaled.
         gap = float(raw @ measurement.chosen.gram @ raw - 2 * measurement.chosen.alignment @ raw) + target
         everyone = torch.zeros(n, dtype=torch.float64)
         everyone[members] = measurement.chosen.alignment
+        several = {}
+        if alignments.shape[1]:
+            several["predicted_drops"] = (measurement.first_orders(local) - sum(parts)).tolist()
         return _report(
             weights,
             status,
-            first_order=first,
-            curvature=curvature,
+            first_order=measurement.first_order(local),
+            curvature=sum(parts),
+            curvature_parts=parts,
             geometry=geometry,
             offset_drop=float(measurement.offset_drop),
             relative_residual=max(gap, 0.0) ** 0.5 / target**0.5 if target > 0 else float("nan"),
@@ -129,6 +144,7 @@ class Policy:
             quarantined=sorted(gone - set(absent)),
             alignment=everyone,
             mass=full_mass,
+            **several,
         )
 
     def choose(self, alignment: Tensor, mass: Tensor, generator: torch.Generator, absent: Sequence[int] = ()) -> Tensor:
@@ -186,14 +202,15 @@ class Policy:
         scale = 1.0 if abs(scale - 1.0) < 1e-12 else scale
         return raw * (min(scale, 1.0) if self.total == "at_most" else scale), solution.status
 
-    def _objective(self, measurement: Measurement, geometry: str) -> tuple[Tensor, Tensor]:
-        """K and b of the problem under the chosen objective (DESIGN, section 2)."""
+    def _objective(self, measurement: Measurement, geometry: str) -> tuple[Tensor, Tensor, Tensor]:
+        """K, b and the b of several targets, of the problem under the chosen objective (DESIGN, section 2)."""
         chosen = measurement.chosen
         if self.objective == "match":
-            return chosen.gram, chosen.alignment
+            return chosen.gram, chosen.alignment, chosen.alignments
         if geometry == "vanilla":  # gradient descent: no offset, kappa = 1
-            return chosen.gram / self.trust, chosen.alignment
-        return measurement.gained / self.trust, chosen.alignment - measurement.coupling / self.trust
+            return chosen.gram / self.trust, chosen.alignment, chosen.alignments
+        bend = measurement.coupling / self.trust
+        return measurement.gained / self.trust, chosen.alignment - bend, chosen.alignments - bend[:, None]
 
     def _weigh(self, problem: SelectionProblem, chosen: Tensor, count: int) -> Solution:
         gram = problem.gram_block(chosen)
@@ -228,7 +245,13 @@ class Policy:
             "kkt_residual",
         )
         diagnostics: dict[str, Any] = {"candidates": n, "geometry": geometry, **dict.fromkeys(names, nothing)}
-        diagnostics |= {"iterations": 0, "quarantined": [], "alignment": weights * nothing, "mass": weights * nothing}
+        diagnostics |= {
+            "curvature_parts": (nothing,) * 3,
+            "iterations": 0,
+            "quarantined": [],
+            "alignment": weights * nothing,
+            "mass": weights * nothing,
+        }
         return Selection(torch.arange(n), weights, nothing, Status.OVERFLOW, diagnostics)
 
 

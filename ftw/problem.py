@@ -7,7 +7,8 @@ and solvers see nothing else. All tensors here are float64 on the CPU and have t
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -60,10 +61,14 @@ class SelectionProblem:
     Args:
         gram: K, (n, n), symmetric positive semidefinite; or a `GramSource` that forms blocks of it on demand;
             or None for filters that look at the alignment alone.
-        alignment: b, (n,).
+        alignment: b, (n,). With several targets the one that stands for them all.
         budget: k, the number of candidates that may keep a non-zero weight, `0 <= k <= n`.
         mass: mu, (n,), positive, rescaled to sum to n; equal by default.
         generator: source of randomness for filters that draw; owned by the caller.
+        factor: F, (n, r), with `K = F F'`, instead of a gram: for many candidates and few directions (r < n).
+        alignments: (n, m), one column for each of m targets; None: there is one, `alignment`.
+        extras: what else is known of the candidates, name -> one entry each: numbers (n,), such as "loss" and
+            "reference_loss", or labels (a list), such as "source". Filters that need one say which.
 
     Inputs of any floating dtype and device are converted to float64 on the CPU.
 
@@ -76,6 +81,9 @@ class SelectionProblem:
     budget: int = 0
     mass: Tensor | None = None
     generator: torch.Generator | None = None
+    factor: Tensor | None = None
+    alignments: Tensor | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         alignment = as_vector("alignment", self.alignment)
@@ -99,6 +107,19 @@ class SelectionProblem:
                 )
             mass = mass * (n / mass.sum()) if n else mass
         object.__setattr__(self, "mass", mass)
+        for name in ("factor", "alignments"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_columns(name, getattr(self, name), n))
+        if self.factor is not None and self.gram is not None:
+            raise ConfigurationError(
+                "gram and factor were both given; they say the same, K = F F'; pass one of the two."
+            )
+        for name, column in self.extras.items():
+            if len(column) != n:
+                raise ConfigurationError(
+                    f"extras[{name!r}] has {len(column)} entries for {n} candidates; one each is needed; index it like "
+                    "the candidates."
+                )
 
     @property
     def size(self) -> int:
@@ -107,18 +128,55 @@ class SelectionProblem:
 
     @cached_property
     def full_gram(self) -> Tensor:
-        """K, (n, n). Formed at the first use if a `GramSource` was given."""
+        """K, (n, n). Formed at the first use if a `GramSource` or a factor was given."""
         if isinstance(self.gram, Tensor):
             return self.gram
         return self._form(None)
 
     def gram_block(self, index: Tensor) -> Tensor:
-        """K[index][:, index], (m, m), without forming the rest where a `GramSource` was given."""
+        """K[index][:, index], (m, m), without forming the rest where a `GramSource` or a factor was given."""
         if isinstance(self.gram, Tensor) or "full_gram" in self.__dict__:
             return self.full_gram[index][:, index]
         return self._form(index)
 
+    def columns(self, index: Tensor) -> Tensor:
+        """K[:, index], (n, m), without forming the rest where a factor was given."""
+        if self.factor is not None and "full_gram" not in self.__dict__:
+            return self.factor @ self.factor[index].T
+        return self.full_gram[:, index]
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """K_ii, (n,): squared norms of the contributions under M."""
+        if self.factor is not None and "full_gram" not in self.__dict__:
+            return self.factor.square().sum(1)
+        return self.full_gram.diagonal()
+
+    @cached_property
+    def row_sums(self) -> Tensor:
+        """`sum_j K_ij`, (n,)."""
+        if self.factor is not None and "full_gram" not in self.__dict__:
+            return self.factor @ self.factor.sum(0)
+        return self.full_gram.sum(1)
+
+    def extra(self, name: str, who: str) -> Any:
+        """The column `extras[name]` that the component `who` needs.
+
+        Raises:
+            ConfigurationError: it is not there.
+        """
+        if name not in self.extras:
+            raise ConfigurationError(
+                f"{who} needs the column {name!r} of each candidate, and the problem has "
+                f"{sorted(self.extras) or 'no columns'}; pass it with record(extras={{{name!r}: ...}}), or in the "
+                "problem's extras."
+            )
+        return self.extras[name]
+
     def _form(self, index: Tensor | None) -> Tensor:
+        if self.factor is not None:
+            rows = self.factor if index is None else self.factor[index]
+            return as_gram(rows @ rows.T, len(rows))
         if self.gram is None or isinstance(self.gram, Tensor):
             raise ConfigurationError(
                 "this problem has no Gram matrix (gram=None), but the component asked for it; "
@@ -140,6 +198,21 @@ def as_vector(name: str, value: Any) -> Tensor:  # -> (n,) float64
     return vector
 
 
+def as_columns(name: str, value: Any, n: int) -> Tensor:  # -> (n, m) float64
+    """`value` as a finite float64 matrix with a row for each candidate, or a `ConfigurationError` that names it."""
+    matrix = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    if matrix.dim() != 2 or matrix.shape[0] != n:
+        raise ConfigurationError(
+            f"{name} has shape {tuple(matrix.shape)}; ({n}, m) is needed, a row for each candidate; transpose it, or "
+            "add the missing rows."
+        )
+    if not bool(torch.isfinite(matrix).all()):
+        raise ConfigurationError(
+            f"{name} is not finite; quarantine the candidates at fault before the problem is posed."
+        )
+    return matrix
+
+
 def as_gram(value: Any, n: int) -> Tensor:  # -> (n, n) float64
     """`value` as a finite symmetric float64 matrix on the CPU, or a `ConfigurationError`.
 
@@ -159,17 +232,32 @@ def as_gram(value: Any, n: int) -> Tensor:  # -> (n, n) float64
 class Solution:
     """What a weight solver returns: a value with status and statistics.
 
+    The residuals are relative and scale-free; 0 is exact, NaN is not measured (`ftw.solvers.certify` defines them).
+
     Attributes:
         weights: (n,) float64, in the constraint set.
         status: `optimal`, `inaccurate`, `infeasible`, `unbounded` or `failed`; `status.sentence` explains.
-        kkt_residual: relative, scale-free distance from optimality (`ftw.solvers.kkt_residual`); 0 is exact.
+        kkt_residual: distance from optimality, the one figure that `status` goes by.
         iterations: of the solver's own loop; 0 for direct methods.
+        primal_residual: distance of the weights from the set.
+        dual_residual: what the gradient lacks to balance the constraints' multipliers.
+        complementarity: slack of the constraints, each times its multiplier.
     """
 
     weights: Tensor
     status: Status
     kkt_residual: float
     iterations: int = 0
+    primal_residual: float = math.nan
+    dual_residual: float = math.nan
+    complementarity: float = math.nan
+
+    @property
+    def sentence(self) -> str:
+        """How the solve ended, with its figures, and what to do next."""
+        if math.isinf(self.kkt_residual):
+            return self.status.sentence
+        return f"{self.status.sentence} The KKT residual is {self.kkt_residual:.1e}."
 
 
 @dataclass(frozen=True)

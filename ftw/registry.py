@@ -24,6 +24,7 @@ NOUNS = {
     "optim_state": "preconditioner",
     "filters": "filter",
     "solvers": "solver",
+    "curvature": "curvature model",
 }
 """Group -> what one of its components is called in messages. The entry-point group is `ftw.<group>`."""
 
@@ -32,6 +33,7 @@ _INTERFACES = {
     "optim_state": "ftw.optim_state.base:Preconditioner",
     "filters": "ftw.filters.base:Filter",
     "solvers": "ftw.solvers.base:WeightSolver",
+    "curvature": "ftw.curvature.base:Curvature",
 }
 
 
@@ -39,7 +41,7 @@ def resolve(group: str, component: Any, **options: Any) -> Any:
     """The component meant by `component`: a registered name, a class of the group's interface or an instance.
 
     Args:
-        group: one of `gradients`, `optim_state`, `filters`, `solvers`.
+        group: one of `gradients`, `optim_state`, `filters`, `solvers`, `curvature`.
         component: `"pgd"`, `ProjectedGradient` or `ProjectedGradient()`.
         options: passed to the class; not allowed with an instance.
 

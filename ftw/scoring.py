@@ -7,7 +7,7 @@ backward. Called by the selector; the usual way is `assembly`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw.assembly import chosen_scale, groups_of, whitened
+from ftw.assembly import chosen_scale, groups_of
 from ftw.gradients.base import Contributions
 from ftw.optim_state.base import Preconditioner, TensorUpdate, state_of
 
@@ -55,18 +55,17 @@ def updates(
     parameters = list(parameters)
     groups = groups_of(optimizer, parameters)
     for p in parameters:
-        theta, state = p.detach(), state_of(optimizer, p)
+        theta = p.detach()
+        state = preconditioner.prepare(theta, groups[p], state_of(optimizer, p))
         seen: Tensor | None = target[p]
         extra = None if residual is None else residual.get(p)
         if preconditioner.structure == "scalar" or (reference == "previous" and state):
             seen = None
         elif reference != "target" and total is not None:
             seen = total[p] if extra is None else total[p] + extra
-        update = preconditioner.linearise_tensor(
-            theta, groups[p], preconditioner.prepare(theta, groups[p], state), seen
-        )
+        update = preconditioner.linearise_tensor(theta, groups[p], state, seen)
         if extra is not None:
-            update = TensorUpdate(update.scale, update.offset + update.scale.apply(extra), update.gain)
+            update = replace(update, offset=update.offset + update.scale.apply(extra))
         yield p, groups[p], update
 
 
@@ -124,7 +123,7 @@ def curvature(
     """`1/2 d'P^-1 d` of the step `d = o + M G`, in nats (DESIGN, section 2)."""
     result = 0.0
     for p, _, update in updates(gradient, optimizer, preconditioner, target, reference, total, residual):
-        root = update.scale.power(0.5)
-        whole = whitened(root, update.offset) + root.apply(gradient[p].to(update.offset.dtype))
+        root = update.scale.sqrt()
+        whole = root.solve(update.offset) + root.apply(gradient[p].to(update.offset.dtype))
         result += update.gain / 2 * float(whole.square().sum(dtype=torch.float64))
     return result

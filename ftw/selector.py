@@ -9,7 +9,7 @@ Longer than others because of the arguments, which are documented and checked wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,26 +19,32 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw import registry
+from ftw import presets, registry
 from ftw.arguments import at_least, one_of
-from ftw.assembly import GEOMETRIES, REFERENCES, Measurement, groups_of, is_idle, measure
+from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle, measure
+from ftw.curvature.base import Curvature
 from ftw.decision import ConstraintMaker, Policy
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
+from ftw.fidelity import Expectation, Fidelity, TrustRegion, Watcher, total_norm
 from ftw.filters.all import All
 from ftw.filters.base import Filter
 from ftw.gradients.base import Contributions, GradientExtractor
 from ftw.gradients.coverage import CoverageTable, describe
 from ftw.gradients.recorder import Recorder
-from ftw.gradients.replay import replay_contributions, replay_gradients
+from ftw.gradients.replay import replay_gradients
 from ftw.gradients.rules import LayerRule, rules_for
+from ftw.measurement import Measurement
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
+from ftw.optim_state.wrappers import unwrapped
 from ftw.problem import Selection, Status
-from ftw.scoring import Scores, curvature, directions, score
+from ftw.scoring import Scores, curvature, directions, score, updates
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
+from ftw.survivors import along, read_survivors, sum_survivors, weigh_survivors
 from ftw.target import LossFunction, Target
+from ftw.targets import Targets
 
 STATE_VERSION = 1
 
@@ -53,11 +59,18 @@ class Selector:
 
     Args:
         model: called by the training loop; its inputs' leading dimension is the candidates'.
-        optimizer: the one whose `step()` follows `apply()`. Its trainable parameters are recorded.
-        target: iterable of batches of the target set, or a `Target`.
+        optimizer: the one whose `step()` follows `apply()`, or accelerate's or Lightning's wrapper of it. Its trainable
+            parameters are recorded.
+        target: iterable of batches of the target set, or a `Target`; or a mapping of names to several of them.
+        targets: what several targets are to be: "mean" (their weighted mean is the target), "worst" (raise the utility
+            of the one that gains least) or "no_harm" (the mean, but no target may lose at first order).
+        target_weights: name -> share in the mean; default: equal.
         loss_fn: loss of a target batch, `loss_fn(model, batch) -> ()`; default `model(**batch).loss`.
         budget: k; an int, or a float in (0, 1] for a fraction of the pool (rounded, at least 1). A pool smaller than
             an int budget keeps all its candidates.
+        preset: name of a ready configuration (`ftw list`, docs/presets.md): what filter, solver, constraints, geometry,
+            objective, granularity and ridge are where they are not given. "ours" by default: greedy filter, pgd,
+            "curvature", "match", "sample", 1e-3.
         gradients: extractor: "auto", "full", "lora", "factorized", "projection", a class or an instance.
         preconditioner: "auto" (by the optimizer's type), a name, a class or an instance.
         filter, solver: a name (`ftw list` shows them), a class or an instance.
@@ -65,25 +78,37 @@ class Selector:
             `CappedCone(cap)`. Whatever the set, see `total`.
         cap: largest weight as a multiple of the chosen candidates' mean weight, 4 by default; goes with the default
             constraints only.
-        ridge: added to K's diagonal on the chosen candidates, relative to its mean there.
+        ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default.
         geometry: "curvature" (M), "update" (M^2) or "vanilla" (learning rate only).
         objective: "match" (make the update that the target gradient would make) or "utility" (second-order fall of
             the target loss, offset included).
-        trust: curvature of the utility is multiplied by one over it; above 1 is bolder. For "utility" only.
+        trust: curvature of the utility is multiplied by one over it; above 1 is bolder. "adaptive", or a `TrustRegion`,
+            follows from realised over predicted drop, which makes every step a watched one. For "utility" only.
         total: "preserve" rescales to `mu'w = n`, so that weights are free of either loss's scale; "at_most" keeps the
             solver's own total where it is smaller (both losses must then be on one scale).
         warmup: vanilla geometry while the optimizer has taken fewer steps than this; for optimizers whose M depends on
             their history (see `docs/optimizer-state.md` for the measurement behind the default).
         refresh, target_batches, ema: see `Target`.
+        curvature: model H of the target's Hessian in the utility and in `predicted_drop`: "optimizer" (P^-1, free of
+            cost), "kfac", "ekfac", a class or an instance.
+        relinearise: once the weights are known, predict the second moment from the gradient that they give (the pool's
+            where that is zero), and decide again with it; as costly as a second Gram and two combinations. For
+            optimizers whose M depends on the gradient.
+        watch: every how many steps the prediction is compared with what the step really does (`fidelity`); 0: never.
+            A watched step costs two evaluations of the target batch and two copies of the parameters.
         nothing_useful: what `apply()` leaves when no candidate helps: "zero" gradients (momentum and decay still act),
             or "skip": `p.grad = None`, a kept residual included, so that the optimizer's step does nothing.
         reference: what the coming step's second moment is predicted from: "pool" (the sum of the contributions),
             "target" (the target gradient) or "previous" (the second moment as the last step left it; the target's
             gradient at a parameter's first step, where a cap forbids to wait for the pool's).
-        memory_cap: bound in bytes on what a window keeps of its contributions. A window that outgrows it raises
-            `MemoryCapError` with `reference="pool"`; with "target" or "previous" M is known before the backward, so
-            only alignments are kept, and the best candidates are run again: k of them, 2k for a filter that needs K.
-            The contributions of those are held at once; they are outside the cap.
+        memory_cap: bound in bytes on what a window keeps until the step: contributions, and with `reference="target"`
+            or "previous" also arguments and output gradients (logits) of its forwards, which must fit by themselves. A
+            window that outgrows it raises `MemoryCapError` with `reference="pool"`; with the other two M is known
+            before the backward, so only alignments are kept, and the best candidates are run again: k of them, 2k for
+            a filter that needs K. Their contributions are read some parameters at a time, with a second forward and
+            backward of their rows for each share that fits the cap, and one more for the gradient if it takes
+            several; a filter and solver that need no K ("topk", "uniform") take a single one and keep no contributions.
+            See `docs/contributions.md`.
         granularity: "sample", or "token": the tokens of the model's (rows, T) inputs are the candidates, numbered
             row by row. Filters that need no K ("topk") and solver "uniform" scale to any number of tokens.
         uncovered: what happens to trainable parameters of layers without a rule: "error", "scale" (they do not take
@@ -106,19 +131,25 @@ class Selector:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        target: Iterable[Any] | Target,
+        target: Iterable[Any] | Target | Mapping[str, Iterable[Any] | Target],
+        targets: str = "mean",
+        target_weights: Mapping[str, float] | None = None,
         loss_fn: LossFunction | None = None,
         budget: float = 0.25,
+        preset: str = "ours",
         gradients: str | type[GradientExtractor] | GradientExtractor = "auto",
         preconditioner: str | type[Preconditioner] | Preconditioner = "auto",
-        filter: str | type[Filter] | Filter = "greedy",
-        solver: str | type[WeightSolver] | WeightSolver = "pgd",
+        filter: str | type[Filter] | Filter | None = None,
+        solver: str | type[WeightSolver] | WeightSolver | None = None,
         constraints: ConstraintSet | ConstraintMaker | None = None,
         cap: float | None = None,
-        ridge: float = 1e-3,
-        geometry: str = "curvature",
-        objective: str = "match",
-        trust: float = 1.0,
+        ridge: float | None = None,
+        geometry: str | None = None,
+        objective: str | None = None,
+        trust: float | str | TrustRegion = 1.0,
+        curvature: str | type[Curvature] | Curvature = "optimizer",
+        relinearise: bool = False,
+        watch: int = 0,
         total: str = "preserve",
         warmup: int = 5,
         refresh: int = 1,
@@ -127,7 +158,7 @@ class Selector:
         nothing_useful: str = "zero",
         reference: str = "pool",
         memory_cap: int | None = None,
-        granularity: str = "sample",
+        granularity: str | None = None,
         uncovered: str = "error",
         functional: Sequence[str | type[nn.Module] | LayerRule] = (),
         residual: str = "error",
@@ -135,10 +166,29 @@ class Selector:
         check: bool = True,
         seed: int = 0,
     ) -> None:
+        chosen = presets.preset(preset).arguments()
+        filter = chosen["filter"] if filter is None else filter
+        solver = chosen["solver"] if solver is None else solver
+        geometry = chosen["geometry"] if geometry is None else geometry
+        objective = chosen["objective"] if objective is None else objective
+        granularity = chosen["granularity"] if granularity is None else granularity
+        ridge = chosen["ridge"] if ridge is None else ridge
+        if constraints is None and cap is None:
+            constraints = chosen["constraints"]
         one_of("geometry", geometry, GEOMETRIES)
         one_of("nothing_useful", nothing_useful, NOTHING_USEFUL)
         one_of("reference", reference, REFERENCES)
         at_least("warmup", warmup, 0)
+        at_least("watch", watch, 0)
+        if isinstance(trust, str):
+            one_of("trust", trust, ("adaptive",))
+            trust = TrustRegion()
+        if isinstance(trust, TrustRegion) and objective != "utility":
+            raise ConfigurationError(
+                f"trust={trust} is given with objective={objective!r}; it acts on objective='utility' only."
+            )
+        if granularity == "token" or memory_cap is not None:
+            _refuse_whole_window(curvature, relinearise, "granularity='token'" if memory_cap is None else "memory_cap")
         if objective == "utility" and geometry == "update":
             raise ConfigurationError(
                 "objective='utility' with geometry='update' has no meaning: utility is in nats, the update geometry "
@@ -160,7 +210,23 @@ class Selector:
                 f"cap={cap} is given together with constraints={constraints!r}, which have their own bounds; give "
                 "one of the two."
             )
-        if isinstance(target, Target):
+        self.target: Target | Targets
+        several = isinstance(target, Mapping) and not all(isinstance(each, Tensor) for each in target.values())
+        if not several and (targets != "mean" or target_weights is not None):
+            raise ConfigurationError(
+                f"targets={targets!r} and target_weights={target_weights} were given with a single target; they say "
+                "what becomes of several; pass target={'name': batches, ...}."
+            )
+        if several and (granularity == "token" or memory_cap is not None):
+            raise ConfigurationError(
+                "several targets were given together with granularity='token' or memory_cap, which choose by the "
+                "alignment with one; pass one target, or leave the other out."
+            )
+        if several:
+            assert isinstance(target, Mapping)
+            schedule = {"refresh": refresh, "batches_per_refresh": target_batches, "ema": ema}
+            self.target = Targets(target, target_weights, loss_fn, **schedule)
+        elif isinstance(target, Target):
             if (loss_fn, refresh, target_batches, ema) != (None, 1, 1, 0.0):
                 raise ConfigurationError(
                     "loss_fn, refresh, target_batches and ema go with a plain iterable; the Target given has its own; "
@@ -170,7 +236,8 @@ class Selector:
         else:
             self.target = Target(target, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
         self.model = model
-        self.optimizer = optimizer
+        self._given = optimizer
+        optimizer = self.optimizer
         self.policy = Policy(
             filter=registry.resolve("filters", filter),
             solver=registry.resolve("solvers", solver),
@@ -178,8 +245,9 @@ class Selector:
             budget=budget,
             ridge=ridge,
             objective=objective,
-            trust=trust,
+            trust=trust.initial if isinstance(trust, TrustRegion) else trust,
             total=total,
+            targets=targets,
         )
         self.geometry = geometry
         self.warmup = warmup
@@ -187,6 +255,16 @@ class Selector:
         self.reference = reference
         self.granularity = granularity
         self.uncovered = uncovered
+        self.relinearise = relinearise
+        self.watch = watch
+        self.fidelity: Fidelity | None = None
+        """Of the last watched step that was made."""
+        self._trust_region = trust if isinstance(trust, TrustRegion) else None
+        self.curvature: Curvature | None = (
+            None if curvature == "optimizer" else registry.resolve("curvature", curvature)
+        )
+        if self.curvature is not None and gradients == "auto":
+            gradients = "factorized"  # what curvature is estimated from
         self._generator = torch.Generator().manual_seed(seed)
         extractor: GradientExtractor = registry.resolve("gradients", gradients)
         self.preconditioner: Preconditioner = (
@@ -207,17 +285,27 @@ class Selector:
             granularity=granularity,
             memory_cap=memory_cap,
         )
+        self._watcher: Watcher | None = None
+        if watch or self._trust_region is not None:
+            self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _warn_of_processes(torch.distributed.get_world_size())
         self._step = 0
         self._masses: list[Tensor] = []
+        self._extras: list[Mapping[str, Any]] = []
         self._loss_scale = 1.0
         self._scaled = False
         self._equal_mass = True
         self._decided: Decided | None = None
         self._uncovered_proved = False
-        self._early: dict[Parameter, Tensor] | None = None
-        self._before: tuple[int, Tensor, Any] = (0, self._generator.get_state(), self.target.snapshot())
+        self._g: dict[Parameter, Tensor] | None = None  # the target gradient of this window
+        self._early: dict[Parameter, Tensor] | None = None  # the same, where it was needed before the backward
+        self._before = self._snapshot()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that steps, taken out of its wrapper anew: ZeRO-1 hands hyper-parameters on only then."""
+        return unwrapped(self._given)
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -228,6 +316,7 @@ class Selector:
         mass: Tensor | Iterable[float] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         candidates: Any = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
         """Record the forwards and backwards inside the block; blocks add up until `apply()` or `select()`.
 
@@ -240,6 +329,9 @@ class Selector:
                 block, -1 for nobody's; a sequence of them where the block has several forwards. Default: one
                 candidate a row. For packed rows see `ftw.packed_candidates`; for preference pairs give the chosen
                 and the rejected row of a pair the same number.
+            extras: what else is known of the candidates of the block, name -> one entry each: numbers such as "loss",
+                or labels such as "source". For filters that need it (docs/filters.md). "learning_rate", the largest of
+                the optimizer's groups, is always there.
 
         Raises:
             ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
@@ -257,7 +349,7 @@ class Selector:
         if not before:
             self._begin_window()
         try:
-            yield from self._record(before, scale, mass, candidates)
+            yield from self._record(before, scale, mass, candidates, extras or {})
         except BaseException:
             if not self._recorder.count:  # the window has not begun: g was worked out for nothing
                 self._forget_early()
@@ -265,7 +357,9 @@ class Selector:
         # Only now: the recorder checks the block on its way out, and may still drop it.
         self._loss_scale, self._scaled, self._equal_mass = scale, scaled, mass is None
 
-    def _record(self, before: int, scale: float, mass: Any, candidates: Any) -> Iterator[None]:
+    def _record(
+        self, before: int, scale: float, mass: Any, candidates: Any, extras: Mapping[str, Any]
+    ) -> Iterator[None]:
         with self._recorder.record(loss_scale=scale, candidates=candidates):
             yield
             if before and (mass is None) != self._equal_mass:
@@ -274,7 +368,9 @@ class Selector:
                     "compared; pass it for all or for none."
                 )
             masses = _mass(mass, self._recorder.count - before)
+            columns = _columns(extras, self._recorder.count - before, self._extras)
         self._masses.append(masses)
+        self._extras.append(columns)
 
     def select(self) -> Selection:
         """Indices and weights of the window, gradients untouched; ends the window.
@@ -298,6 +394,7 @@ class Selector:
         decided = self._decide() if self._decided is None else self._decided
         try:
             self._write(decided)
+            self._expect(decided)
         except BaseException:
             self._undo()
             self._decided = None
@@ -312,8 +409,10 @@ class Selector:
         self._clear()
 
     def close(self) -> None:
-        """Remove all hooks from the model and release what was recorded."""
+        """Remove all hooks from model and optimizer and release what was recorded."""
         self._clear()
+        if self._watcher is not None:
+            self._watcher.close()
         self._recorder.close()
 
     def coverage(self) -> CoverageTable:
@@ -339,6 +438,8 @@ class Selector:
             "step": self._step,
             "generator": self._generator.get_state(),
             "target": self.target.state_dict(),
+            "trust": self.policy.trust,
+            "curvature": None if self.curvature is None else self.curvature.state_dict(),
             "autocast": None if autocast is None else (autocast[0], str(autocast[1]).removeprefix("torch.")),
         }
 
@@ -351,8 +452,19 @@ class Selector:
             )
         step, generator = int(state["step"]), torch.Generator()
         generator.set_state(state["generator"].cpu())  # what cannot be read raises before anything is changed
+        if (self.curvature is None) != (state["curvature"] is None):
+            raise ConfigurationError(
+                f"the state was saved {'without' if state['curvature'] is None else 'with'} a curvature model, this "
+                f"selector has curvature={self.curvature!r}; make it with the arguments of the run that saved it."
+            )
+        if self.curvature is not None:
+            self.curvature.load_state_dict(state["curvature"])
+        if self._trust_region is not None:
+            self.policy = replace(self.policy, trust=float(state["trust"]))
         self.target.load_state_dict(state["target"])
         self._clear()
+        if self._watcher is not None:
+            self._watcher.forget()
         self._step, self._generator = step, generator
         autocast = state.get("autocast")
         self._recorder.autocast_state = None if autocast is None else (autocast[0], getattr(torch, autocast[1]))
@@ -371,7 +483,7 @@ class Selector:
                 "before apply() or select()."
             )
         if self._early is None:
-            self._before = self._step, self._generator.get_state(), self.target.snapshot()
+            self._before = self._snapshot()
         try:
             decided = self._decide_window()
         except BaseException:
@@ -400,6 +512,8 @@ class Selector:
         """The usual way: everything was kept, and b and K are measured on all candidates."""
         contributions = self._recorder.contributions()
         geometry = self._geometry()
+        if self.curvature is not None:
+            self.curvature.observe(contributions, self._recorder.parameters)
         try:
             measurement = self._measure(contributions, geometry)
         except NonFiniteError:
@@ -415,38 +529,102 @@ class Selector:
             idle = (measurement.true.gram.diagonal() == 0).nonzero().flatten().tolist()
             if len(idle) + len(measurement.excluded) < contributions.count:
                 absent = sorted({*absent, *idle} - {*measurement.excluded})
-        selection = self.policy.decide(measurement, geometry, self._mass(), self._generator, absent=absent)
+        drawn = self._generator.get_state()
+        extras = self._extra_columns()
+        selection = self.policy.decide(
+            measurement, geometry, self._mass(), self._generator, absent=absent, extras=extras
+        )
+        total = None
+        if self.relinearise and geometry != "vanilla" and len(selection.indices):
+            # Where the chosen have no gradient the pool's stands in: nothing known there would mean an enormous M.
+            used, pool = contributions.combine(selection.weights), contributions.combine()
+            total = {p: torch.where(used[p] == 0, pool[p], used[p]) for p in used}
+            again = self._measure(contributions, geometry, total, "pool")
+            again.excluded = measurement.excluded
+            self._generator.set_state(drawn)
+            selection = self.policy.decide(again, geometry, self._mass(), self._generator, absent=absent, extras=extras)
+        if isinstance(self.target, Targets):
+            drops = selection.diagnostics["predicted_drops"]
+            selection.diagnostics["predicted_drops"] = dict(zip(self.target.names, drops, strict=True))
         if contributions.error is not None:
             selection.diagnostics["sketch_error"] = contributions.error
-        return Decided(selection, contributions)
+        return Decided(selection, contributions, total=total)
 
     def _decide_beyond_cap(self) -> Decided:
         """Alignments are all that is left of the pool: the best are run again, and measured on their own."""
         window, geometry = self._recorder.window, self._geometry()
-        assert window.alignment is not None
-        alignment = window.alignment.cpu()
-        absent = (~torch.isfinite(alignment)).nonzero().flatten().tolist()
-        if absent and (self._scaled or len(absent) == len(alignment)):
+        alignment = window.alignments()
+        faulty = (~torch.isfinite(alignment)).nonzero().flatten().tolist()
+        if faulty and (self._scaled or len(faulty) == len(alignment)):
             if not self._scaled:
                 raise NonFiniteError(
                     f"all {len(alignment)} candidates of the pool have NaN or infinite contributions; there is nothing "
                     "to select; lower the learning rate or look at the loss."
                 )
             return self._overflow(None, geometry)
-        members = self.policy.choose(alignment, self._mass(), self._generator, absent)
-        if not len(members):
+        # As in `_decide_samples`: without gradient, a candidate would take weight from the others.
+        absent = sorted({*faulty, *(window.unreached() if self.policy.solver.needs_gram else ())})
+        absent = faulty if len(absent) == len(alignment) else absent
+        members = self.policy.choose(alignment, self._mass(), self._generator, absent).sort().values
+        if len(members):
+            decided = self._decide_survivors(members, alignment, absent, geometry)
+        else:
             scores = Scores(alignment, alignment, float("nan"))
-            return Decided(self.policy.share_equally(members, scores, geometry, self._mass(), absent), None, members)
-        contributions = replay_contributions(self._recorder, members)
-        self._check_replay(contributions, alignment[members])
-        # At a parameter's first step the direction was made with g as reference; so is this.
-        measurement = self._measure(contributions, geometry, self._early)
-        policy = self.policy if self.policy.filter.needs_gram else replace(self.policy, filter=All())
-        selection = policy.decide(measurement, geometry, self._mass(), self._generator, members=members, absent=absent)
-        selection.diagnostics.update(
-            alignment=alignment, quarantined=absent, replayed=members.tolist(), geometry=geometry
+            decided = Decided(self.policy.share_equally(members, scores, geometry, self._mass(), absent), None, members)
+        decided.selection.diagnostics.update(
+            alignment=alignment,
+            quarantined=faulty,
+            replayed=members.tolist(),
+            geometry=geometry,
+            kept_bytes=window.ledger.peak,
         )
-        return Decided(selection, contributions, members)
+        return decided
+
+    def _decide_survivors(self, members: Tensor, alignment: Tensor, absent: Sequence[int], geometry: str) -> Decided:
+        """Weights of the members, which are run again, and their gradient where contributions cannot be kept."""
+        recorder, policy = self._recorder, self.policy
+        uncovered = [p for p in recorder.uncovered if self.uncovered == "scale"]
+        if not uncovered or self._uncovered_proved:  # else all rows are needed once more, for the proof
+            recorder.window.keep_outputs_of(members)
+
+        def measured(contributions: Contributions) -> Measurement:
+            # At a parameter's first step the direction was made with g as reference; so is this.
+            return self._measure(contributions, geometry, self._early)
+
+        if policy.filter.needs_gram or policy.solver.needs_gram:
+            survivors = read_survivors(recorder, members, measured)
+            self._check_replay(survivors.alignment, alignment[members])
+        else:
+            survivors = sum_survivors(recorder, members, measured, uncovered)
+            known = alignment[members]
+            self._check_replay(survivors.alignment, known.sum()[None], float(known.abs().sum()))
+        policy = policy if policy.filter.needs_gram else replace(policy, filter=All())
+        selection = policy.decide(
+            survivors.measurement,
+            geometry,
+            self._mass(),
+            self._generator,
+            members=members,
+            absent=absent,
+            extras=self._extra_columns(),
+        )
+        selection.diagnostics["replays"] = survivors.replays
+        if survivors.error is not None:
+            selection.diagnostics["sketch_error"] = survivors.error
+        if survivors.contributions is not None:
+            return Decided(selection, survivors.contributions, members)
+        weights, total = selection.weights[members], survivors.total
+        if total is not None:
+            selection.diagnostics["kkt_residual"] = float("nan")  # of an objective that has no K
+            if bool((weights == weights[0]).all()):
+                gradient = {p: each.mul_(float(weights[0])) for p, each in total.items()}
+                return Decided(selection, None, members, gradient=gradient)
+        gradient = weigh_survivors(recorder, selection.weights, uncovered)
+        shares = weights * alignment[members]
+        found = along(recorder, {p: each for p, each in gradient.items() if p in recorder.parameters})
+        self._check_replay(torch.tensor([found], dtype=torch.float64), shares.sum()[None], float(shares.abs().sum()))
+        selection.diagnostics["replays"] += 1
+        return Decided(selection, None, members, gradient=gradient)
 
     def _decide_tokens(self) -> Decided:
         """Tokens are scored by alignment; K is formed only for those that a solver needs it for."""
@@ -498,11 +676,9 @@ class Selector:
         self._restore(self._before)
         return Decided(self.policy.overflow(self._recorder.count, geometry), contributions)
 
-    def _check_replay(self, contributions: Contributions, expected: Tensor) -> None:
+    def _check_replay(self, found: Tensor, expected: Tensor, size: float | None = None) -> None:
         """What was run again must be what was recorded: dropout, aux losses and the like would show here."""
-        assert self._recorder.direction is not None
-        found = contributions.alignment(self._recorder.direction)
-        gap, size = float((found - expected).abs().max()), float(expected.abs().max())
+        gap, size = float((found - expected).abs().max()), float(expected.abs().max()) if size is None else size
         if not gap <= min(1e4 * self._recorder.precision, 0.05) * size:
             raise RecordingError(
                 f"the chosen candidates were run again and came out different: alignments differ by {gap:.3g} of "
@@ -513,15 +689,22 @@ class Selector:
     def _overflows(self, contributions: Contributions) -> bool:
         return bool(contributions.nonfinite_candidates()) or not all_finite(self._recorder.residual.values())
 
-    def _restore(self, before: tuple[int, Tensor, Any]) -> None:
-        self._step = before[0]
-        self._generator.set_state(before[1])
-        self.target.restore(before[2])
+    def _snapshot(self) -> Snapshot:
+        curvature = None if self.curvature is None else self.curvature.snapshot()
+        return Snapshot(self._step, self._generator.get_state(), self.target.snapshot(), curvature)
+
+    def _restore(self, before: Snapshot) -> None:
+        self._step = before.step
+        self._generator.set_state(before.generator)
+        self.target.restore(before.target)
+        if self.curvature is not None:
+            self.curvature.restore(before.curvature)
 
     def _undo(self) -> None:
         """Back to before the decision, so that it can be tried again; an early g stays with its window."""
-        step, generator, target = self._before
-        self._restore((step, generator, target if self._early is None else self.target.snapshot()))
+        self._g = None
+        target = self._before.target if self._early is None else self.target.snapshot()
+        self._restore(self._before._replace(target=target))
 
     def _forget_early(self) -> None:
         if self._early is not None:
@@ -531,19 +714,32 @@ class Selector:
     def _mass(self) -> Tensor:
         return torch.cat(self._masses)
 
+    def _extra_columns(self) -> dict[str, list[Any]]:
+        names = self._extras[0] if self._extras else {}
+        columns = {name: [entry for block in self._extras for entry in block[name]] for name in names}
+        rate = max((float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr")), default=0.0)
+        return {"learning_rate": [rate] * self._recorder.count, **columns}
+
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
-        if self._early is None:
+        if self._early is not None:
+            return self._early
+        if self._g is None:
             names = {name: p for p, name in self._recorder.parameters.items()}
             with self._recorder.autocast():
-                return self.target.gradient(self.model, names)
-        return self._early
+                self._g = self.target.gradient(self.model, names)
+        return self._g
 
     def _measure(
-        self, contributions: Contributions, geometry: str, total: Mapping[Parameter, Tensor] | None = None
+        self,
+        contributions: Contributions,
+        geometry: str,
+        total: Mapping[Parameter, Tensor] | None = None,
+        reference: str | None = None,
     ) -> Measurement:
         parts = self.optimizer, self.preconditioner, self._target(), self._recorder.residual
-        return measure(contributions, *parts, geometry, self.reference, total)
+        further = self.target.gradients if isinstance(self.target, Targets) else ()
+        return measure(contributions, *parts, geometry, reference or self.reference, total, self.curvature, further)
 
     def _geometry(self) -> str:
         """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
@@ -557,7 +753,13 @@ class Selector:
         if self._recorder.memory_cap is None or self.reference == "pool":
             return
         self._recorder.refresh_layers()
-        self._before = self._step, self._generator.get_state(), self.target.snapshot()
+        self._before = self._snapshot()
+        if self._recorder.autocast_known:
+            self._prepare_direction()
+        else:  # g belongs under the autocast that the first forward runs in
+            self._recorder.at_forward(self._prepare_direction)
+
+    def _prepare_direction(self) -> None:
         try:
             self._early = self._target()
             self._recorder.direction = directions(
@@ -567,6 +769,50 @@ class Selector:
             self._restore(self._before)
             self._early = None
             raise
+
+    # -- fidelity --------------------------------------------------------------------------------------------------
+
+    def _expect(self, decided: Decided) -> None:
+        """Have the coming step compared with what it is predicted to do, if it is a watched one."""
+        if self._watcher is None:
+            return
+        self._watcher.forget()
+        selection = decided.selection
+        watched = self.watch > 0 and self._step % self.watch == 0
+        if selection.status == Status.OVERFLOW or not (watched or self._trust_region):
+            return
+        written = [p.grad / self._loss_scale for p in self._recorder.parameters if p.grad is not None]
+        displacement = self._displacement(decided) if watched else None
+        self._watcher.expect(Expectation(selection, self.policy.trust, total_norm(written), displacement))
+
+    def _displacement(self, decided: Decided) -> Callable[[Mapping[Parameter, Tensor]], dict[Parameter, Tensor]]:
+        """Gradient -> displacement, under the M that the decision was made with."""
+        g, reference, total = self._target(), self.reference, decided.total
+        if total is not None:
+            reference = "pool"
+        elif decided.members is not None:
+            total = self._early
+        elif reference != "target" and decided.contributions is not None:
+            total = decided.contributions.combine()
+        if total is not None:
+            rest = self._recorder.residual
+            total = {**rest, **{p: known + rest[p] if p in rest else known for p, known in total.items()}}
+
+        def predict(gradient: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+            known = [p for p in gradient if total is None or p in total]
+            coming = updates(known, self.optimizer, self.preconditioner, g, reference, total)
+            return {p: -update.sign * (update.offset + update.scale.apply(gradient[p])) for p, _, update in coming}
+
+        return predict
+
+    def _target_loss(self) -> float:
+        with self._recorder.autocast():
+            return self.target.loss(self.model)
+
+    def _learn(self, fidelity: Fidelity) -> None:
+        self.fidelity = fidelity
+        if self._trust_region is not None:
+            self.policy = replace(self.policy, trust=self._trust_region.next(self.policy.trust, fidelity))
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -590,9 +836,11 @@ class Selector:
                 p.grad.copy_(gradient)
 
     def _combine(self, decided: Decided, uncovered: list[Parameter]) -> dict[Parameter, Tensor]:
-        selection, contributions, members = decided
+        selection, contributions, members = decided[:3]
         combined: dict[Parameter, Tensor] = {}
-        if contributions is not None:
+        if decided.gradient is not None:
+            combined = {p: gradient for p, gradient in decided.gradient.items() if p in self._recorder.parameters}
+        elif contributions is not None:
             combined = contributions.combine(selection.weights if members is None else selection.weights[members])
         for p in self._recorder.window.touched - combined.keys():  # reached by candidates that were not chosen
             combined[p] = torch.zeros_like(p)
@@ -602,7 +850,7 @@ class Selector:
         if self._loss_scale != 1.0:
             combined = {p: g * self._loss_scale for p, g in combined.items()}
         if uncovered:
-            combined |= self._replay_uncovered(selection, owned, uncovered)
+            combined |= self._replay_uncovered(decided, owned, uncovered)
         if selection.status != Status.OVERFLOW and not self._scaled and not all_finite(combined.values()):
             raise NonFiniteError(
                 "the weighted gradient overflows although every chosen contribution is finite; it was not written; "
@@ -611,15 +859,18 @@ class Selector:
         return combined
 
     def _replay_uncovered(
-        self, selection: Selection, owned: Mapping[Parameter, Tensor], uncovered: list[Parameter]
+        self, decided: Decided, owned: Mapping[Parameter, Tensor], uncovered: list[Parameter]
     ) -> dict[Parameter, Tensor]:
         """The weighted gradient of parameters without a rule, once it is shown that the rerun can be trusted."""
+        selection = decided.selection
         if not self._uncovered_proved:
             # With all weights 1 it must be what the trainer's backward made: no other output, no penalty.
             ones = torch.ones_like(selection.weights)
             made = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in uncovered}
             self._require_same(replay_gradients(self._recorder, ones, uncovered), made)
             self._uncovered_proved = bool(all_finite(made.values()))
+        if decided.gradient is not None:
+            return {p: decided.gradient[p] * self._loss_scale for p in uncovered}
         gradients = replay_gradients(self._recorder, selection.weights, [*uncovered, *owned])
         if selection.status != Status.OVERFLOW:
             self._require_same({p: gradients[p] for p in owned}, owned)
@@ -640,9 +891,37 @@ class Selector:
     def _clear(self) -> None:
         self._recorder.clear()
         self._recorder.direction = None
-        self._masses = []
+        self._masses, self._extras = [], []
         self._decided = None
-        self._early = None
+        self._g = self._early = None
+
+
+def _columns(extras: Mapping[str, Any], count: int, before: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    columns = {
+        name: column.detach().cpu().tolist() if isinstance(column, Tensor) else list(column)
+        for name, column in extras.items()
+    }
+    wrong = {name: len(column) for name, column in columns.items() if len(column) != count}
+    if wrong:
+        raise ConfigurationError(
+            f"extras have {wrong} entries for {count} recorded candidates; one each is needed, in their order; index "
+            "them like the candidates."
+        )
+    if before and before[0].keys() != columns.keys():
+        raise ConfigurationError(
+            f"extras are {sorted(columns)} here and {sorted(before[0])} in an earlier block of the window; filters "
+            "need them of all candidates; pass the same names each time."
+        )
+    return columns
+
+
+class Snapshot(NamedTuple):
+    """What a step that fails is undone to."""
+
+    step: int
+    generator: Tensor
+    target: Any
+    curvature: Any
 
 
 class Decided(NamedTuple):
@@ -651,6 +930,17 @@ class Decided(NamedTuple):
     selection: Selection
     contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
     members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
+    total: Mapping[Parameter, Tensor] | None = None  # the reference gradient, where it is not the pool's
+    gradient: Mapping[Parameter, Tensor] | None = None  # sum_i w_i c_i, where a second backward has formed it
+
+
+def _refuse_whole_window(curvature: Any, relinearise: bool, other: str) -> None:
+    given = "relinearise=True" if relinearise else None if curvature == "optimizer" else f"curvature={curvature!r}"
+    if given is not None:
+        raise ConfigurationError(
+            f"{given} was given together with {other}; it reads the contributions of whole samples of the whole "
+            "window; leave one of the two out."
+        )
 
 
 def _warn_of_processes(size: int) -> None:

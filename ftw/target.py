@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ftw.errors import ConfigurationError, NonFiniteError, TargetError
 from ftw.modes import all_finite, evaluating, parked_gradients
 
+Snapshot = tuple[int, int, dict[str, Tensor] | None, int, list[Any] | None]
+
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -73,6 +75,8 @@ class Target:
         self._iterator: Iterator[Any] | None = None
         self._iterator_at = 0
         self._replay: dict[int, Any] = {}  # position -> batch, those walked over since the last snapshot
+        self._consumed = 0  # batches that made the present gradient
+        self._present: list[Any] | None = None  # those batches, where they are at hand
 
     def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
         """g for this step, parameter -> tensor of its shape and dtype; zero where the loss does not reach.
@@ -92,37 +96,64 @@ class Target:
         assert self._gradient is not None
         return {p: self._gradient[name].to(p.device) for name, p in parameters.items()}
 
+    def loss(self, model: nn.Module) -> float:
+        """Mean loss on the batches that the present gradient was made of, without gradient, in eval mode.
+
+        Raises:
+            TargetError: there is no gradient yet; no scalar loss.
+        """
+        total = rows = 0.0
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with evaluating(model), torch.random.fork_rng(devices), torch.no_grad():
+            for batch in self._present_batches():
+                weight = float(_rows(batch))
+                loss = self.loss_fn(model, batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    raise TargetError(
+                        f"the target's loss function returned {_describe(loss)}; a scalar tensor is needed; pass "
+                        "loss_fn(model, batch) that returns the mean loss, or batches with labels."
+                    )
+                total, rows = total + weight * float(loss), rows + weight
+        return total / rows
+
     def state_dict(self) -> dict[str, Any]:
         """Position, age and the cached gradient (by parameter name): plain data."""
         gradient = None if self._gradient is None else {k: v.clone() for k, v in self._gradient.items()}
-        return {"position": self._position, "age": self._age, "gradient": gradient}
+        return {"position": self._position, "age": self._age, "consumed": self._consumed, "gradient": gradient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         position, age, gradient = int(state["position"]), int(state["age"]), state["gradient"]
-        self._position, self._age = position, age
+        self._position, self._age, self._consumed = position, age, int(state.get("consumed", 0))
+        self._present = None
         self._gradient = None if gradient is None else {k: v.clone() for k, v in gradient.items()}
         self._iterator = None
         self._replay.clear()
 
-    def snapshot(self) -> tuple[int, int, dict[str, Tensor] | None]:
+    def snapshot(self) -> Snapshot:
         """What `restore` needs to undo a step; tensors are shared, as they are never changed in place."""
         self._replay = {at: batch for at, batch in self._replay.items() if at >= self._position}
-        return self._position, self._age, self._gradient
+        return self._position, self._age, self._gradient, self._consumed, self._present
 
-    def restore(self, snapshot: tuple[int, int, dict[str, Tensor] | None]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Undo to the last snapshot; batches delivered since will be delivered again."""
-        self._position, self._age, self._gradient = snapshot
+        self._position, self._age, self._gradient, self._consumed, self._present = snapshot
 
     def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         rows = 0.0
+        begun = self._position
+        present: list[Any] | None = None if self.batches_per_refresh == "all" else []
         for batch in self._next_batches():
+            if present is not None:
+                present.append(batch)
             weight = float(_rows(batch))
             for name, grad in zip(parameters, self._backward(model, batch, list(parameters.values())), strict=True):
                 if grad is not None:
                     total[name] = grad * weight if name not in total else total[name].add_(grad, alpha=weight)
             rows += weight
+        self._consumed = self._position - begun
+        self._present = present
         if not total:
             raise TargetError(
                 "the target's loss does not depend on any parameter that is trained; a loss of the model's output is "
@@ -178,6 +209,25 @@ class Target:
             batch = self._from_iterator()
         self._position += 1
         return batch
+
+    def _present_batches(self) -> Iterable[Any]:
+        if not self._consumed:
+            raise TargetError(
+                "the target's loss was asked for before there was a target gradient; it is taken on the batches that "
+                "made one; call gradient() first."
+            )
+        if self.batches_per_refresh == "all":
+            return self.batches
+        if self._present is None:  # resumed: they are fetched again
+            end = self._position
+            self._iterator = None
+            self._replay.clear()
+            self._position = end - self._consumed
+            try:
+                self._present = [self._next_batch() for _ in range(self._consumed)]
+            finally:
+                self._position = end
+        return self._present
 
     def _from_iterator(self) -> Any:
         """The batch at the present position of an iterable that can only be walked."""

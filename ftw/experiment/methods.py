@@ -13,22 +13,22 @@ from typing import Any, Literal
 
 from ftw import registry
 from ftw.errors import ConfigurationError
+from ftw.presets import PRESETS, Preset
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the comparison. `kind` is `selector`, or a plain loop that needs none and pays for none."""
 
-    name: str
-    summary: str
+    preset: Preset
     kind: Literal["selector", "random", "full"] = "selector"
-    geometry: str = "curvature"
-    objective: str = "match"
-    filter: str = "greedy"
-    solver: str = "pgd"
-    bounded: bool = True
     changed: tuple[str, ...] = ()
     """Components that the user put in the place of the named ones, as `filter=topk`."""
+
+    @property
+    def name(self) -> str:
+        """The preset's."""
+        return self.preset.name
 
     @property
     def label(self) -> str:
@@ -37,46 +37,15 @@ class Method:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`."""
-        from ftw.solvers import Free
+        return self.preset.arguments()
 
-        return {
-            "geometry": self.geometry,
-            "objective": self.objective,
-            "filter": self.filter,
-            "solver": self.solver,
-            "constraints": None if self.bounded else Free(),
-        }
 
+_PLAIN: Mapping[str, Literal["random", "full"]] = {"random": "random", "full": "full"}
 
 METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        Method("ours", "filter then weight: greedy with refit, then bounded weights, in the optimizer's geometry"),
-        Method(
-            "hard_filter",
-            "the best k with positive alignment, equal weights",
-            filter="threshold",
-            solver="uniform",
-        ),
-        Method("adam_topk", "top k by optimizer-aware alignment, equal weights", filter="topk", solver="uniform"),
-        Method(
-            "vanilla_topk",
-            "top k by raw gradient alignment, equal weights",
-            geometry="vanilla",
-            filter="topk",
-            solver="uniform",
-        ),
-        Method(
-            "vanilla_reweight",
-            "top k by raw gradient alignment, then bounded weights",
-            geometry="vanilla",
-            filter="topk",
-        ),
-        Method("unbounded", "as ours, weights in closed form without bounds", solver="closed_form", bounded=False),
-        Method("random", "k candidates drawn at random, a plain loop over these only", kind="random"),
-        Method("full", "every candidate of the pool with weight one, a plain loop", kind="full"),
-    )
+    name: Method(each, _PLAIN.get(name, "selector")) for name, each in PRESETS.items() if each.self_contained
 }
+"""Presets that need nothing but samples: no tokens as candidates, no further losses."""
 
 GEOMETRIES = ("curvature", "update", "vanilla")
 OBJECTIVES = ("match", "utility")
@@ -125,8 +94,8 @@ def override(methods: list[Method], components: Mapping[str, str | None]) -> lis
 
 
 def _with(method: Method, chosen: Mapping[str, str]) -> Method:
-    changed: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(method, name) != value}
+    changed: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(method.preset, name) != value}
     notes = tuple(f"{name}={value}" for name, value in changed.items())
     if changed.get("solver") == "closed_form":  # it knows no bounds, so they go with the solver that did
         changed["bounded"], notes = False, (*notes, "no bounds")
-    return replace(method, **changed, changed=notes)
+    return replace(method, preset=replace(method.preset, **changed), changed=notes)

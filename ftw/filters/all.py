@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from ftw.problem import SelectionProblem
 class All(Filter):
     """Every candidate in the order of the pool; the budget is ignored, as `honours_budget` says."""
 
-    honours_budget: ClassVar[bool] = False
+    honours_budget = False
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
         return torch.arange(problem.size)

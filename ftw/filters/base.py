@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Collection
 
 from torch import Tensor
 
+from ftw.errors import ConfigurationError
 from ftw.problem import SelectionProblem
 
 
@@ -16,13 +17,36 @@ class Filter(ABC):
     Law: for every problem `index = filter(problem)` is a LongTensor on the CPU of distinct values in [0, n),
     at most `problem.budget` of them (`All`, which ignores the budget, says so by `honours_budget = False`),
     best first; the same problem and generator state give the same index; the problem is left as it was.
+
+    The three attributes below say what a filter needs; a class sets them, or an instance where its options decide.
     """
 
-    needs_gram: ClassVar[bool] = False
+    needs_gram: bool = False
     """Whether the filter reads K; one that does not also serves problems posed without it (`gram=None`)."""
 
-    honours_budget: ClassVar[bool] = True
+    honours_budget: bool = True
+    """Whether at most `problem.budget` candidates come back."""
+
+    columns: tuple[str, ...] = ()
+    """Names of the columns in `problem.extras` that the filter reads; without one of them it raises."""
 
     @abstractmethod
     def __call__(self, problem: SelectionProblem) -> Tensor:
         """Indices of the chosen candidates, LongTensor (m,), m <= k, best first; empty if nothing is worth taking."""
+
+    def require_columns(self, given: Collection[str]) -> None:
+        """Checks before a step is run that the columns the filter reads will be there.
+
+        Args:
+            given: names of the columns that will stand in the problem's extras.
+
+        Raises:
+            ConfigurationError: one is missing; the message names all that are.
+        """
+        missing = [name for name in self.columns if name not in given]
+        if missing:
+            raise ConfigurationError(
+                f"the filter {type(self).__name__} needs the columns {list(self.columns)} of each candidate, and "
+                f"{missing} are missing; pass them with record(extras={{name: one entry for each candidate}}), or in "
+                "the problem's extras."
+            )

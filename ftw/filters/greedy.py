@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ftw.filters.base import Filter
+from ftw.filters.gram_columns import gram_columns
+from ftw.filters.refit import ROUNDING, descend
 from ftw.problem import SelectionProblem
-from ftw.solvers.linear import EPSILON, solve_psd
 from ftw.solvers.polyhedron import Matrix, Vector
+
+Flags = NDArray[np.bool_]
 
 
 class Greedy(Filter):
@@ -22,62 +24,57 @@ class Greedy(Filter):
     is dropped and no longer counts towards the budget. Ends at the budget, or as soon as no r_j is positive
     beyond rounding: then the pool has nothing to add, and fewer than k are returned.
 
-    Source: orthogonal matching pursuit as in GRAD-MATCH (Killamsetty et al. 2021). Deviations: r_j is divided by
-    `K_jj`, so a candidate is not chosen for being long; the refit is non-negative and without ridge.
+    Source: orthogonal matching pursuit as in GRAD-MATCH (Killamsetty et al. 2021, algorithm 2), which `OMP` has as it
+    stands there. Deviations: r_j is divided by `K_jj`, so a candidate is not chosen for being long; the refit is
+    non-negative and without ridge; a candidate of no more use is given back.
     Except for the rule of choice this is Lawson and Hanson's NNLS: the objective falls with every choice, no set
     comes twice, and so a dropped candidate may return but nothing cycles.
 
-    A candidate with K_jj = 0 does not move the model and is never chosen. Cost: k columns of K and k small solves.
+    A candidate with K_jj = 0 does not move the model and is never chosen. Cost: k columns of K, O(n r) each where the
+    problem has a factor; O(n k) per choice for the residual; k solves of at most k unknowns.
     """
 
-    needs_gram: ClassVar[bool] = True
+    needs_gram = True
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
-        K, b = problem.full_gram.numpy(), problem.alignment.numpy()
-        diagonal = np.diagonal(K)
-        movable = diagonal > 0
+        b, diagonal = problem.alignment.numpy(), problem.diagonal.numpy()
+        column, on_offer = gram_columns(problem), diagonal > 0
+        room = np.empty((problem.budget, b.size))
         chosen: list[int] = []
         weights: Vector = np.zeros(0)
-        spent = np.zeros(b.size, dtype=bool)
         while len(chosen) < problem.budget:
-            terms = K[:, chosen] * weights
-            residual = b - terms.sum(1)
-            rounding = _ROUNDING * (np.abs(b) + np.abs(terms).sum(1))
-            useful = movable & ~spent & (residual > rounding)
-            useful[chosen] = False
-            if not useful.any():
+            rows = room[: len(chosen)]  # K[chosen]
+            residual = b - weights @ rows
+            best = _best(residual, diagonal, on_offer, b, weights, rows)
+            if best is None:
                 break
-            gain = np.full(b.size, -np.inf)
-            gain[useful] = residual[useful] * (residual[useful] / diagonal[useful])
-            best = int(np.argmax(gain))
-            kept, refitted = _refit(K, b, [*chosen, best], np.append(weights, 0.0))
-            if best not in kept:
+            room[len(chosen)] = column(best)
+            grown = [*chosen, best]
+            block = room[: len(grown)][:, grown]
+            kept, weights_kept = descend(block, b[grown], np.append(weights, 0.0))
+            if len(chosen) not in kept:
                 # Only rounding does this: its slope was positive. Passing it over keeps the loop finite.
-                spent[best] = True
+                on_offer[best] = False
                 continue
-            chosen, weights = kept, refitted
+            if len(kept) < len(grown):
+                on_offer[chosen] = True
+                room[: len(kept)] = room[kept]
+            chosen, weights = [grown[i] for i in kept], weights_kept
+            on_offer[chosen] = False
         return torch.tensor(chosen, dtype=torch.long)
 
 
-_ROUNDING = 1e-12
-"""Part of the terms of r_j that is taken for rounding of their difference."""
-
-
-def _refit(K: Matrix, b: Vector, index: list[int], weights: Vector) -> tuple[list[int], Vector]:
-    """`min 1/2 w'Kw - b'w`, w >= 0 on `index`, from feasible weights; returns the positive part (Lawson-Hanson)."""
-    while index:
-        block, right = K[np.ix_(index, index)], b[index]
-        scale = float(np.abs(block).sum(1) @ np.abs(weights) + np.abs(right).sum())
-        move, _ = solve_psd(block, right - block @ weights, scale)
-        target = weights + move
-        if (target > 0).all():
-            return index, target
-        falling = target <= 0
-        reaches = np.where(falling, 0.0, np.inf)
-        np.divide(weights, -move, out=reaches, where=falling & (move < 0))
-        first = int(np.argmin(reaches))
-        weights = weights + reaches[first] * move
-        stays = ~falling | (weights > EPSILON * np.abs(weights).max())
-        stays[first] = False
-        index, weights = [i for i, kept in zip(index, stays, strict=True) if kept], weights[stays]
-    return index, weights
+def _best(residual: Vector, diagonal: Vector, on_offer: Flags, b: Vector, weights: Vector, rows: Matrix) -> int | None:
+    """The candidate of the largest gain among those whose residual is positive beyond rounding."""
+    useful = on_offer & (residual > 0)
+    if not useful.any():
+        return None
+    gain = np.full(b.size, -np.inf)
+    # The quotient first: the square of a small residual would underflow.
+    gain[useful] = residual[useful] * (residual[useful] / diagonal[useful])
+    best = int(np.argmax(gain))
+    if residual[best] > ROUNDING * (abs(b[best]) + float(weights @ np.abs(rows[:, best]))):
+        return best
+    useful &= residual > ROUNDING * (np.abs(b) + weights @ np.abs(rows))  # O(n k), and mostly not needed
+    gain[~useful] = -np.inf
+    return int(np.argmax(gain)) if useful.any() else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ftw.errors import ConfigurationError
 from ftw.filters.base import Filter
+from ftw.filters.draws import generator_of
 from ftw.problem import SelectionProblem
 
 
@@ -18,11 +18,6 @@ class Random(Filter):
     """
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
-        generator = problem.generator
-        if generator is None:
-            raise ConfigurationError(
-                "the filter 'random' was given a problem with generator=None; it needs a source of randomness; "
-                "pass generator=torch.Generator().manual_seed(seed)."
-            )
+        generator = generator_of(problem, "random")
         order = torch.randperm(problem.size, generator=generator, device=generator.device)
         return order[: problem.budget].cpu()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
 from ftw.filters.base import Filter
+from ftw.filters.ranking import largest
 from ftw.problem import SelectionProblem
 
 
@@ -31,5 +31,4 @@ class Threshold(Filter):
         self.value = float(value)
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
-        order = torch.argsort(problem.alignment, descending=True, stable=True)
-        return order[problem.alignment[order] > self.value][: problem.budget]
+        return largest(problem.alignment, problem.budget, problem.alignment > self.value)

@@ -117,13 +117,14 @@ class Contributions:
         """All rows of a parameter, block by block.
 
         Args:
-            split: False gives all rows as a single block, written out.
-            structure: what the reader promises about M: "scalar" (a multiple of the identity), or "any". With it a
-                block may hold the candidates in a cheaper form.
+            split: False gives all rows as a single block.
+            structure: what the reader promises about M: "scalar" (a multiple of the identity), "separable" (it passes
+                through outer products, `ScaleOperator.separable`), or "any". With a promise a block may hold the
+                candidates in a cheaper form; with "any" it is written out.
         """
         kept = self._pieces[parameter]
         shape = kept[0].shape
-        if split and structure == "scalar":
+        if structure in ("scalar", "separable"):
             products = tuple(
                 piece for piece in kept if isinstance(piece, OuterProduct) and piece.touched_rows() is None
             )
@@ -242,6 +243,25 @@ class Contributions:
         if weights is not None and bool((weights == 1).all()):
             weights = None
         return {p: self._combine(p, kept, weights) for p, kept in self._pieces.items()}
+
+    def factors(self, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
+        """Inputs (N, columns) and output gradients (N, rows) of a matrix at all N tokens, loss scale divided out.
+
+        None where some of the parameter's gradients are kept in another form, or are those of an expert's own rows.
+        """
+        kept = [piece for piece in self._pieces[parameter] if isinstance(piece, OuterProduct)]
+        if len(kept) < len(self._pieces[parameter]) or any(piece.touched_rows() is not None for piece in kept):
+            return None
+        inputs = torch.cat([piece.inputs.to(piece.dtype) for piece in kept])
+        return inputs, torch.cat([piece.grads.to(piece.dtype) * piece.scale for piece in kept])
+
+    def total(self, parameter: Parameter) -> Tensor:
+        """`sum_i c_i` of one parameter, quarantined candidates left out."""
+        weights = None
+        if self.excluded:
+            weights = torch.ones(self.count, dtype=torch.float64)
+            weights[list(self.excluded)] = 0.0
+        return self._combine(parameter, self._pieces[parameter], weights)
 
     @staticmethod
     def _combine(parameter: Parameter, kept: list[Piece], weights: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftw.gradients.pieces import OuterProduct, Rows
-from ftw.optim_state.base import Scalar, ScaleOperator
+from ftw.optim_state.base import ScaleOperator
 
 SPARE = 2
 """Rows of a block behind the candidates', for a reader's directions: one matrix product then serves b and K."""
@@ -51,6 +51,10 @@ class Block:
         """The sum over candidates, (r, *shape[1:]); None: zero."""
         return None if self.values is None else self.values.sum(0)
 
+    def alignment(self, direction: Tensor) -> Tensor | None:
+        """`c_i' d` for a direction (r, *shape[1:]), (n,) float64; None where no candidate touches the rows."""
+        return None if self.values is None else (self.values.flatten(1) @ direction.flatten()).double()
+
     def products(self, root: ScaleOperator, g: Tensor, pull: Tensor, *, last: bool = True) -> Products | None:
         """Inner products under M; None where no candidate touches the rows.
 
@@ -76,7 +80,8 @@ class Block:
 
 @dataclass(frozen=True)
 class FactorBlock(Block):
-    """A whole matrix by its factors, for M = value * I: `K_ij = value * sum (A A') o (B B')` over i's and j's tokens.
+    """A whole matrix by its factors, for a separable M: `K_ij = sum (A A') o (B B')` over i's and j's tokens, with
+    M^(1/2) applied to both factors.
 
     The ghost inner product (Li et al., 2022, "Large language models can be strong differentially private learners",
     section 4, for norms; Wang et al., 2024, In-Run Data Shapley, for pairs). It never forms a candidate's gradient,
@@ -95,20 +100,25 @@ class FactorBlock(Block):
             piece.add_combined(out, keep if self.excluded else None)
         return out
 
+    def alignment(self, direction: Tensor) -> Tensor:
+        found = torch.zeros(self.count, dtype=torch.float64, device=self.pieces[0].device)
+        for piece in self.pieces:
+            found[piece.start : piece.start + piece.count] += piece.alignment(direction).double()
+        found[list(self.excluded)] = 0.0
+        return found
+
     def products(self, root: ScaleOperator, g: Tensor, pull: Tensor, *, last: bool = True) -> Products:
-        assert isinstance(root, Scalar)
-        value = root.value
         owner = torch.cat([piece.owners() + piece.start for piece in self.pieces])
         inputs = torch.cat([piece.inputs.to(piece.dtype) for piece in self.pieces])
-        grads = torch.cat([piece.grads.to(piece.dtype) * (piece.scale * value) for piece in self.pieces])
+        grads = torch.cat([piece.grads.to(piece.dtype) * piece.scale for piece in self.pieces])
         kept = torch.ones(self.count, dtype=torch.bool, device=owner.device)
         kept[list(self.excluded)] = False
         alive = kept[owner]
-        owner, inputs, grads = owner[alive], inputs[alive], grads[alive]
+        owner = owner[alive]
+        inputs, grads = root.apply_factors(inputs[alive], grads[alive])
         pairs = (inputs @ inputs.T).mul_(grads @ grads.T)
         gram = pairs.new_zeros(self.count, pairs.shape[1]).index_add_(0, owner, pairs)
         gram = gram.new_zeros(self.count, self.count).index_add_(1, owner, gram)
-        g = g.to(inputs.dtype)
 
         def along(direction: Tensor) -> Tensor:
             shares = torch.linalg.vecdot(inputs @ direction.T, grads)
@@ -116,5 +126,6 @@ class FactorBlock(Block):
 
         # Without momentum and decay the offset is zero, and so is its pull.
         coupling = along(pull.to(inputs.dtype)) if bool(pull.count_nonzero()) else gram.new_zeros(self.count).double()
-        target = torch.linalg.vecdot(g.flatten(), g.flatten()).double() * value**2
-        return Products(gram.double(), along(g) * value, target, coupling)
+        toward = root.apply(g.to(inputs.dtype))
+        target = torch.linalg.vecdot(toward.flatten(), toward.flatten()).double()
+        return Products(gram.double(), along(toward), target, coupling)

@@ -25,8 +25,8 @@ Rows = slice | Tensor
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """A parameter, or anything of its shape, as rows: (R,), (R, d)."""
-    return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
+    """A parameter, or anything of its shape, as rows: (R,), (R, d); a single number is one row."""
+    return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.reshape(1) if tensor.dim() == 0 else tensor
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,9 @@ class _Exact(Block):
     def total(self) -> Tensor | None:
         return self.inner.total()
 
+    def alignment(self, direction: Tensor) -> Tensor | None:
+        return self.inner.alignment(direction)
+
     def products(self, root: ScaleOperator, g: Tensor, pull: Tensor, *, last: bool = True) -> Products | None:
         products = self.inner.products(root, g, pull, last=last)
         if products is not None:
@@ -335,6 +338,12 @@ class _Kronecker(Block):
         for piece in self.kept:
             piece.add_combined(total, None if weights is None else weights[piece.start : piece.start + piece.count])
         return total
+
+    def alignment(self, direction: Tensor) -> Tensor:
+        found = torch.zeros(len(self.weights), dtype=torch.float64, device=self.kept[0].device)
+        for piece in self.kept:
+            found[piece.start : piece.start + piece.count] += piece.alignment(direction).double()
+        return torch.where(self.weights.to(found.device) == 0, 0.0, found)
 
     def products(self, root: ScaleOperator, g: Tensor, pull: Tensor, *, last: bool = True) -> Products:
         if not isinstance(root, Scalar):

@@ -9,7 +9,7 @@ Longer than others: window, hooks and audits share one state, which must be undo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from ftw.gradients.auto import Auto
 from ftw.gradients.base import Contributions, GradientExtractor
 from ftw.gradients.coverage import UNCOVERED, TappedLayer, find_layers
 from ftw.gradients.layout import Layout, candidate_maps
+from ftw.gradients.output_gradient import OutputGradient
 from ftw.gradients.pieces import Piece, as_rows
 from ftw.gradients.replay import replayed_output
 from ftw.gradients.rules import RULES, Call, LayerRule
@@ -58,7 +59,8 @@ class Recorder:
             needs (as `keep_calls`), "ignore" leaves them alone.
         rules: asked in this order for each module.
         granularity: "sample", or "token": every position of the model's (rows, T) input is a candidate.
-        memory_cap: bound on the bytes of a window's pieces; beyond it only alignments along `direction` are kept.
+        memory_cap: bound on the bytes that a window keeps: pieces, and what forwards need to be run again. Beyond it
+            only alignments along `direction` are kept of the pieces.
 
     Raises:
         CoverageError: a parameter belongs to a layer without a rule; the message names it and the ways out.
@@ -89,6 +91,7 @@ class Recorder:
         self.memory_cap = memory_cap
         self.direction: Mapping[Parameter, Tensor] | None = None
         self.autocast_state: tuple[str, torch.dtype] | None = None  # that the last forward ran in: device type, dtype
+        self.autocast_known = False  # whether there was a forward
         self.uncovered: dict[Parameter, str] = {}
         self._uncovered_policy = uncovered
         self._rules = rules
@@ -100,6 +103,8 @@ class Recorder:
         self._parameters: dict[Parameter, str] = {}
         self._active = False
         self._auditing = False
+        self._replaying = False
+        self._prepare: Callable[[], None] | None = None
         self._inside: Forward | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._maps: list[Tensor] | None = None
@@ -135,7 +140,8 @@ class Recorder:
                 that is nobody's.
             CandidateLayoutError: rows of a layer are not the rows of the batch.
             CompletenessError: contributions do not add up to the gradient.
-            MemoryCapError: the window outgrew the cap, and M is not known before the backward.
+            MemoryCapError: the window outgrew the cap, and M is not known before the backward, or what is needed to
+                run forwards again does not fit by itself.
         """
         if self._active:
             raise RecordingError("record() was entered inside record(); end the first block before the next.")
@@ -174,6 +180,7 @@ class Recorder:
                     p.grad = before if p.grad is None else before + p.grad
         finally:
             self._active, self._inside, self._call, self._maps = False, None, None, None
+            self._prepare = None
             self._unowned, self._dropped = [], {}
             # The layers' own hooks do it too, but not after an interrupt.
             for layer in self._layers:
@@ -221,9 +228,8 @@ class Recorder:
     @property
     def keep_calls(self) -> bool:
         """Whether forwards can be replayed: their arguments and output gradients are kept."""
-        return (self.memory_cap is not None and self.direction is not None) or (
-            self._uncovered_policy == "scale" and bool(self.uncovered)
-        )
+        capped = self.memory_cap is not None and self.direction is not None
+        return not self._replaying and (capped or (self._uncovered_policy == "scale" and bool(self.uncovered)))
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -235,17 +241,30 @@ class Recorder:
         with torch.autocast(device, dtype=dtype):
             yield
 
+    def at_forward(self, prepare: Callable[[], None]) -> None:
+        """Have this called once, when the block's first forward begins and its autocast is known."""
+
+        def alone() -> None:
+            with self._evaluation():
+                prepare()
+
+        self._prepare = torch.compiler.disable(alone)  # a compiled model traces its hooks
+
     @contextmanager
-    def aside(self) -> Iterator[Window]:
-        """A window of its own inside the block, without audits and without a cap; the present one comes back after."""
-        kept = self.window, self._completeness_due, self._identity_due, self.memory_cap, self.direction
-        self.window = Window()
+    def aside(self, window: Window) -> Iterator[None]:
+        """Record into that window inside the block, for a replay: lean, without audits, without a cap of the
+        recorder's own, and keeping no calls; what was set comes back after."""
+        names = ("window", "_completeness_due", "_identity_due", "memory_cap", "direction", "lean", "_replaying")
+        before = {name: getattr(self, name) for name in names}
+        self.window = window
         self._completeness_due = self._identity_due = False
         self.memory_cap = self.direction = None
+        self.lean = self._replaying = True
         try:
-            yield self.window
+            yield
         finally:
-            self.window, self._completeness_due, self._identity_due, self.memory_cap, self.direction = kept
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def clear(self) -> None:
         """Forget the window and release its memory."""
@@ -360,6 +379,10 @@ class Recorder:
         self._input_storages = {_storage(tensor) for tensor in tensors}
         device = self._anchor_device.type
         self.autocast_state = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        self.autocast_known = True
+        if self._prepare is not None:
+            prepare, self._prepare = self._prepare, None
+            prepare()
         waiting = any(not forward.reached for forward in self.window.forwards)
         if waiting:
             for forward in self.window.forwards:
@@ -367,7 +390,9 @@ class Recorder:
         self._inside = Forward(layout, recomputable=not waiting)
         if self.keep_calls:
             # Copies: the caller may reuse its buffers for the next batch.
-            self._inside.call = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
+            call = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
+            self._make_room(leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
+            self.window.keep_call(self._inside, call)
             self._inside.random_state = random_state(self._anchor_device)
         self.window.forwards.append(self._inside)
         self.window.count = max(self.window.count, layout.start + layout.count)
@@ -407,7 +432,15 @@ class Recorder:
         found = replayed_output(output, forward.layout)
         if found is not None:
             forward.output = found[0]
-            found[1].register_hook(forward.keep_output_grad)
+            found[1].register_hook(partial(self._keep_output, forward))
+
+    def _keep_output(self, forward: Forward, grad: Tensor) -> None:
+        """A tensor hook on the output."""
+        found = OutputGradient.of(grad.detach())
+        if forward.output_gradient is not None:
+            found = forward.output_gradient + found
+        self._make_room(found.tensors)
+        self.window.keep_output(forward, found)
 
     def _check_forwards(self) -> None:
         block = self.window.forwards[self._first :]
@@ -561,8 +594,9 @@ class Recorder:
             self._evaluation,
         )
         self._check_layout(layer, call, reached[0])
-        for name, piece in layer.rule.pieces(call, layer.parameters):
-            self._store(layer.parameters[name], piece)
+        wanted = {name: p for name, p in layer.parameters.items() if self.window.wants(p)}
+        for name, piece in layer.rule.pieces(call, wanted) if wanted else ():
+            self._store(wanted[name], piece)
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
@@ -594,27 +628,40 @@ class Recorder:
         window = self.window
         window.touched.add(p)
         if window.alignment is None:
-            kept = self.extractor.keep(piece)
-            window.pieces.setdefault(p, []).append(kept)
-            window.kept_bytes += kept.nbytes
-            if self.memory_cap is not None and window.kept_bytes > self.memory_cap:
-                self._drop_pieces()
-            return
+            piece = self.extractor.keep(piece)
+            if window.keep(p, piece, self.memory_cap):
+                return
+            self._drop_pieces()
         self._drop(p, piece)
 
     def _drop_pieces(self) -> None:
         """Keep alignments in place of the pieces, and of those to come."""
+        window = self.window
         if self.direction is None:
             raise MemoryCapError(
-                f"the window's contributions take {self.window.kept_bytes} bytes so far, more than "
-                f"memory_cap={self.memory_cap} bytes; all of them are needed until the step, because its scale M "
+                f"the window keeps {window.kept_bytes} bytes so far, and what comes next does not fit below "
+                f"memory_cap={self.memory_cap} bytes; all contributions are needed until the step, because its scale M "
                 "is read from their sum; choose reference='previous' or 'target', a smaller window, or a larger cap."
             )
-        for p, pieces in self.window.pieces.items():
-            for i, piece in enumerate(pieces):
+        window.alignment = torch.zeros(0, dtype=torch.float64, device=self._anchor_device)
+        for p in list(window.pieces):
+            for i, piece in enumerate(window.pieces[p]):
                 self._drop(p, piece, earlier=i < self._mark[2].get(p, 0))
-        self.window.pieces.clear()
-        self.window.kept_bytes = 0
+            window.drop(p)
+
+    def _make_room(self, tensors: Iterable[Tensor]) -> None:
+        """Drop pieces where what must be kept would not fit beside them."""
+        window, extra = self.window, self.window.ledger.extra(tensors)
+        if self.memory_cap is None or window.kept_bytes + extra <= self.memory_cap:
+            return
+        if window.alignment is None:
+            self._drop_pieces()
+        if window.kept_bytes + extra > self.memory_cap:
+            raise MemoryCapError(
+                f"arguments and output gradients of the window's forwards take {window.kept_bytes + extra} bytes so "
+                f"far, more than memory_cap={self.memory_cap} bytes; a window beyond its cap needs them to run the "
+                "chosen candidates again; choose a larger cap or a smaller window."
+            )
 
     def _drop(self, p: Parameter, piece: Piece, *, earlier: bool = False) -> None:
         assert self.direction is not None

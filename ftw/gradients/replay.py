@@ -1,24 +1,27 @@
 """Replay: forwards of the window run again for the chosen candidates, with the output gradients that they had.
 
-Two uses: survivors' contributions where the window was too large to keep them (`memory_cap`), and the weighted
-gradient of parameters that no rule covers (`uncovered="scale"`). Called by the selector; a second forward and backward
-of the rows that hold chosen candidates, and reported as such.
+Three uses: survivors' contributions where the window was too large to keep them (`memory_cap`), all at once or some
+parameters at a time; the weighted gradient of all parameters, where survivors' contributions are not kept either; and
+that of parameters which no rule covers (`uncovered="scale"`). Each replay is a second forward and backward of the rows
+that hold chosen candidates, and reported as such. Called by the selector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ftw.errors import RecordingError
+from ftw.errors import MemoryCapError, RecordingError
 from ftw.gradients.base import Contributions
 from ftw.gradients.layout import Layout
+from ftw.gradients.share import Share
 from ftw.gradients.window import Forward, Window
 from ftw.modes import parked_gradients
 
@@ -26,44 +29,89 @@ if TYPE_CHECKING:
     from ftw.gradients.recorder import Recorder
 
 
-def replay_contributions(recorder: Recorder, chosen: Tensor) -> Contributions:
-    """Contributions of the chosen candidates, in their order, from a second pass over their rows.
+class Replayed(NamedTuple):
+    """What came of `replay_contributions`."""
+
+    contributions: Contributions | None  # None: they did not fit the cap together, and are gone
+    replays: int
+
+
+def replay_contributions(
+    recorder: Recorder, chosen: Tensor, read: Callable[[Contributions], None] = lambda _: None
+) -> Replayed:
+    """Have the contributions of the chosen candidates read, as many parameters at a time as fit.
+
+    What is kept stays below the recorder's `memory_cap`, output gradients included. If the survivors' contributions
+    take s bytes and the cap leaves r, it takes about s / r replays, one if they fit: sums over parameters (b, K) are
+    exact however the parameters are divided.
 
     Args:
-        chosen: (m,) candidates of the window.
+        chosen: (m,) candidates of the window, ascending.
+        read: called for each share of the parameters with the contributions to these, which are dropped afterwards.
 
     Raises:
         RecordingError: an output gradient is missing.
+        MemoryCapError: the chosen candidates' contributions to one parameter do not fit.
     """
+    window = recorder.window
+    room = None if recorder.memory_cap is None else recorder.memory_cap - window.kept_bytes
+    pending = [p for p in recorder.parameters if p in window.touched]
+    replays = 0
+    while pending:
+        share = _replay_share(recorder, chosen, pending, room)
+        replays += 1
+        window.ledger.peak = max(window.ledger.peak, window.ledger.bytes + share.ledger.peak)
+        if share.needed:
+            assert share.first is not None
+            raise MemoryCapError(
+                f"contributions of {len(chosen)} candidates to {recorder.parameters[share.first]} alone take "
+                f"{share.needed} bytes, and {window.kept_bytes} bytes of output gradients are needed beside them: more "
+                f"than memory_cap={recorder.memory_cap}; choose a cap of at least "
+                f"{share.needed + window.kept_bytes} bytes, a smaller budget, or a filter and solver that need no K "
+                "(filter='topk', solver='uniform'), which keep no contributions."
+            )
+        contributions = recorder.extractor.contributions(share.pieces, len(chosen))
+        read(contributions)
+        if replays == 1 and not share.postponed:
+            return Replayed(contributions, 1)
+        pending = [p for p in pending if p in share.postponed]
+        del share, contributions
+    return Replayed(None, replays)
+
+
+def _replay_share(recorder: Recorder, chosen: Tensor, pending: Sequence[Parameter], room: int | None) -> Share:
+    """One replay, in which as many of the pending parameters are recorded as there is room for."""
     window = recorder.window
     local = torch.full((window.count,), -1)
     local[chosen] = torch.arange(len(chosen))
-    runs = list(_needed(window, local))
-    maps = [_numbers(forward.layout, local)[rows] for forward, rows in runs]
-    with parked_gradients(recorder.model.parameters()), recorder.aside():
-        with recorder.record(candidates=maps, loss_scale=recorder.loss_scale):
-            for forward, rows in runs:
-                output, grad = _rerun(recorder, forward, rows)
-                mask = _numbers(forward.layout, local)[rows] >= 0
-                output.backward(torch.where(_over(mask, grad), grad, 0.0))
-        return recorder.contributions()
+    share = Share(pending=frozenset(pending), room=room)
+    with parked_gradients(recorder.model.parameters()), recorder.aside(share):
+        # Block by block, as they were recorded: a piece that is written out has room for the block's candidates only.
+        for _, block in groupby(_needed(window, local), key=lambda run: run[0].layout.start):
+            runs = list(block)
+            maps = [_numbers(forward, local)[rows] for forward, rows in runs]
+            counted = [torch.where(numbers >= 0, numbers - share.count, -1) for numbers in maps]
+            with recorder.record(candidates=counted, loss_scale=recorder.loss_scale):
+                for (forward, rows), numbers in zip(runs, maps, strict=True):
+                    _run_again(recorder, forward, rows, (numbers >= 0).double())
+    return share
 
 
 def replay_gradients(recorder: Recorder, weights: Tensor, parameters: list[Parameter]) -> dict[Parameter, Tensor]:
-    """`sum_i w_i c_i` of parameters that no rule covers, AMP scale included, from a weighted second backward.
+    """`sum_i w_i c_i` of these parameters, AMP scale included, from a weighted second backward that keeps nothing else.
+
+    Accumulated over micro-batches in the parameter's dtype, as a plain backward does.
 
     Args:
-        weights: (n,).
+        weights: (n,). Candidates of weight 0 are not run, unless their micro-batch draws random numbers.
     """
     window = recorder.window
     local = torch.where(weights != 0, 0, -1)
     with parked_gradients(recorder.model.parameters()):
         for forward, rows in _needed(window, local):
-            output, grad = _rerun(recorder, forward, rows)
-            numbers = _candidates(forward.layout)[rows]
+            numbers = forward.candidates()[rows]
             each = torch.where(numbers >= 0, weights[numbers.clamp_min(0)], 0.0)
-            factor = _over(each, grad)
-            output.backward(torch.where(factor != 0, grad * factor.to(grad.dtype), 0.0))
+            _run_again(recorder, forward, rows, each)
         return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
 
 
@@ -82,27 +130,22 @@ def replayed_output(output: Any, layout: Layout) -> tuple[int, Tensor] | None:
 def _needed(window: Window, local: Tensor) -> Iterator[tuple[Forward, Tensor]]:
     """The forwards that hold chosen candidates (local >= 0), with the rows to run."""
     for forward in window.forwards:
-        numbers = _numbers(forward.layout, local)
+        numbers = _numbers(forward, local)
         rows = (numbers >= 0).flatten(1).any(1) if numbers.dim() > 1 else numbers >= 0
         if bool(rows.any()):
             # Dropout draws by the shape of the batch: the same masks need the same rows.
             yield forward, torch.arange(forward.layout.rows) if forward.drew else rows.nonzero().flatten()
 
 
-def _candidates(layout: Layout) -> Tensor:
-    """The number in the window of each row's or token's candidate; -1: nobody."""
-    owner = torch.arange(layout.rows) if layout.owner is None else layout.owner
-    return torch.where(owner >= 0, owner + layout.start, -1)
-
-
-def _numbers(layout: Layout, local: Tensor) -> Tensor:
+def _numbers(forward: Forward, local: Tensor) -> Tensor:
     """The new number of each row's or token's candidate; -1: not chosen."""
-    numbers = _candidates(layout)
+    numbers = forward.candidates()
     return torch.where(numbers >= 0, local[numbers.clamp_min(0)], -1)
 
 
-def _rerun(recorder: Recorder, forward: Forward, rows: Tensor) -> tuple[Tensor, Tensor]:
-    if forward.call is None or forward.output is None or forward.output_grad is None:
+def _run_again(recorder: Recorder, forward: Forward, rows: Tensor, factor: Tensor) -> None:
+    """Forward and backward of these rows, the output gradient of each row or token times its factor."""
+    if forward.call is None or forward.output is None or forward.output_gradient is None:
         raise RecordingError(
             "a forward cannot be run again: the model returned no output with rows (logits) through which the loss "
             "was computed; return one beside the loss, raise memory_cap, or cover all parameters by rules."
@@ -117,12 +160,7 @@ def _rerun(recorder: Recorder, forward: Forward, rows: Tensor) -> tuple[Tensor, 
     args, kwargs = tree_map(take, (args, dict(kwargs)))
     with _random(forward.random_state), torch.enable_grad(), recorder.autocast():
         output = tree_leaves(recorder.model(*args, **kwargs))[forward.output]
-    return output, take(forward.output_grad)
-
-
-def _over(values: Tensor, grad: Tensor) -> Tensor:
-    """Values of rows or tokens, shaped to meet an output gradient."""
-    return values.to(grad.device).view(*values.shape, *[1] * (grad.dim() - values.dim()))
+    output.backward(forward.output_gradient.weighted(rows, factor))
 
 
 @contextmanager

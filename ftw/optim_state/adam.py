@@ -15,11 +15,13 @@ from ftw.optim_state.base import (
     Diagonal,
     Preconditioner,
     TensorUpdate,
+    direction,
     refuse_options,
     require_dense_real,
     require_state,
     working,
 )
+from ftw.optim_state.moments import add_decay, bias_correction, fed, no_step_yet, steps_taken
 
 _FLOOR = "ftw_floor"  # key that `prepare` adds to its copy of the state
 
@@ -39,7 +41,7 @@ class Adam(Preconditioner):
     Deviations of torch from the papers, followed here: eps is added outside the square root after v is
     corrected for bias (as Algorithm 1 has it, not as its "eps hat" variant); amsgrad takes the maximum of v
     before bias correction (Reddi et al., 2018, correct nothing); with `capturable` the bias corrections are
-    rounded to the step counter's float32.
+    rounded to the step counter's float32; `maximize` negates the gradient before L2 decay is added.
 
     Args:
         floor: sqrt(v_hat) is taken as at least `floor` times its root mean square over the parameter at the
@@ -48,7 +50,7 @@ class Adam(Preconditioner):
             models a step that torch does not take, on purpose.
     """
 
-    optimizers: ClassVar[tuple[type[Optimizer], ...]] = (torch.optim.Adam,)
+    optimizers: ClassVar[tuple[type[Optimizer] | str, ...]] = (torch.optim.Adam,)
 
     decoupled: ClassVar[bool] = False
     """Whether decay bypasses the moments, where the group itself does not say (torch before 2.7)."""
@@ -63,18 +65,17 @@ class Adam(Preconditioner):
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "maximize", "differentiable")
+        refuse_options(optimizer, "differentiable")
 
     def age(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> int:
-        """Steps taken so far, t - 1. A counter that lives on a device is read from there."""
-        return int(state["step"]) if "step" in state else 0
+        return steps_taken(state)
 
     def prepare(self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds the least sqrt(v_hat), one number for the whole tensor, if a floor was asked for."""
-        if not self.floor or not self.age(group, state):
+        if not self.floor or not steps_taken(state):
             return state
         mean = working(self._stored_second_moment(parameter, group, state)).mean()
-        correction = _bias_correction(group["betas"][1], state, group, ahead=0)
+        correction = bias_correction(group["betas"][1], state, group, ahead=0)
         return {**state, _FLOOR: (mean / correction).sqrt() * self.floor}
 
     def linearise_tensor(
@@ -92,16 +93,13 @@ class Adam(Preconditioner):
             UnsupportedOptimizerError: a complex parameter or a sparse reference.
         """
         require_dense_real(parameter, reference)
-        lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
+        lr, eps = float(group["lr"]), float(group["eps"])
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        decoupled = group.get("decoupled_weight_decay", self.decoupled)
-        theta = working(parameter)
+        coupled = not group.get("decoupled_weight_decay", self.decoupled)
+        gradient = fed(parameter, group, reference, coupled=coupled)
+        root = self._root_second_moment(parameter, group, state, gradient, beta2)
 
-        if reference is not None and decay and not decoupled:
-            reference = working(reference) + decay * theta
-        root = self._root_second_moment(parameter, group, state, reference, beta2)
-
-        correction1 = _bias_correction(beta1, state, group, ahead=1)
+        correction1 = bias_correction(beta1, state, group, ahead=1)
         step = root.add_(eps).reciprocal_().mul_(lr)  # P
         gain = (1.0 - beta1) / correction1
         scale = step * gain
@@ -109,39 +107,33 @@ class Adam(Preconditioner):
             offset = step.mul_(working(state["exp_avg"])).mul_(beta1 / correction1)
         else:
             offset = step.zero_()
-        if decay and decoupled:
-            offset.add_(theta, alpha=lr * decay)
-        elif decay:
-            offset.addcmul_(theta, scale, value=decay)
-        return TensorUpdate(scale=Diagonal(scale), offset=offset, gain=gain)
+        add_decay(offset, parameter, group, scale=scale if coupled else None)
+        sign = direction(group)
+        return TensorUpdate(Diagonal(scale), offset if sign > 0 else offset.neg_(), gain, sign)
 
     def _root_second_moment(
         self,
         parameter: Tensor,
         group: Mapping[str, Any],
         state: Mapping[str, Any],
-        reference: Tensor | None,  # L2 decay included
+        gradient: Tensor | None,  # h
         beta2: float,
     ) -> Tensor:
         """sqrt(v_hat), shaped as the parameter: a tensor of its own, which the caller may overwrite."""
-        taken = self.age(group, state)
+        taken = steps_taken(state)
         if state:
             stored = working(self._stored_second_moment(parameter, group, state))
-        if reference is None:
+        if gradient is None:
             if not taken:
-                raise OptimizerStateError(
-                    f"the optimizer has taken no step yet for a parameter of shape {tuple(parameter.shape)}, "
-                    "so there is no second moment of a last step; pass a reference gradient, or take the "
-                    "first step in vanilla geometry (preconditioner 'identity')."
-                )
-            second, correction2 = stored, _bias_correction(beta2, state, group, ahead=0)
+                raise no_step_yet(parameter)
+            second, correction2 = stored, bias_correction(beta2, state, group, ahead=0)
         else:
-            second = working(reference).square().mul_(1.0 - beta2)
+            second = gradient.square().mul_(1.0 - beta2)
             if state:
                 second.add_(working(state["exp_avg_sq"]), alpha=beta2)
-                if group["amsgrad"]:
+                if group.get("amsgrad"):
                     second = torch.maximum(stored, second)
-            correction2 = _bias_correction(beta2, state, group, ahead=1)
+            correction2 = bias_correction(beta2, state, group, ahead=1)
         root = second.sqrt().div_(math.sqrt(correction2))
         if self.floor and taken:
             if _FLOOR not in state:
@@ -156,7 +148,7 @@ class Adam(Preconditioner):
     @staticmethod
     def _stored_second_moment(parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
         """What stands under the root of the last step, before bias correction."""
-        key = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+        key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
         require_state(state, ("step", "exp_avg", "exp_avg_sq", key), parameter)
         stored: Tensor = state[key]
         return stored
@@ -168,16 +160,5 @@ class AdamW(Adam):
     torch scales the decay by lr (`theta *= 1 - lr*decay`), the paper by a schedule multiplier of its own.
     """
 
-    optimizers: ClassVar[tuple[type[Optimizer], ...]] = (torch.optim.AdamW,)
+    optimizers: ClassVar[tuple[type[Optimizer] | str, ...]] = (torch.optim.AdamW,)
     decoupled: ClassVar[bool] = True
-
-
-def _bias_correction(beta: Any, state: Mapping[str, Any], group: Mapping[str, Any], *, ahead: int) -> float:
-    """`1 - beta^t`, t the steps taken plus `ahead`, in the arithmetic that torch uses."""
-    taken = state.get("step", 0.0)
-    if group.get("capturable"):
-        # torch works in the counter's precision here: at t = 1 and b2 = .999 that is 1e-5 from the true
-        # value.
-        counter = taken if isinstance(taken, Tensor) else torch.tensor(taken, dtype=torch.float32)
-        return float(1 - float(beta) ** (counter + ahead))
-    return 1 - float(beta) ** (float(taken) + ahead)

@@ -17,60 +17,20 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw.errors import ConfigurationError, OptimizerStateError, UnsupportedOptimizerError
+from ftw.optim_state.operators import Diagonal, RowColumn, Scalar, ScaleOperator, TwoSided
+from ftw.optim_state.shards import is_sharded, local, local_gradient, local_state
+from ftw.optim_state.wrappers import unwrapped
 
-
-class ScaleOperator(ABC):
-    """M for one parameter: symmetric positive semidefinite, learning rate included."""
-
-    structure: ClassVar[str]
-
-    @abstractmethod
-    def apply(self, tensor: Tensor) -> Tensor:  # (..., *shape) -> (..., *shape)
-        """M times `tensor`, whose trailing dimensions are the parameter's; leading ones are a batch."""
-
-    def apply_(self, tensor: Tensor) -> Tensor:
-        """As `apply`, in place."""
-        return tensor.copy_(self.apply(tensor))
-
-    @abstractmethod
-    def power(self, exponent: float) -> ScaleOperator:
-        """M to the power of `exponent`; law: `M.power(.5).apply(M.power(.5).apply(x)) == M.apply(x)`."""
-
-
-@dataclass(frozen=True)
-class Scalar(ScaleOperator):
-    """M = value * I."""
-
-    value: float
-    structure: ClassVar[str] = "scalar"
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        return tensor * self.value
-
-    def apply_(self, tensor: Tensor) -> Tensor:
-        return tensor.mul_(self.value)
-
-    def power(self, exponent: float) -> Scalar:
-        return Scalar(self.value**exponent)
-
-
-@dataclass(frozen=True)
-class Diagonal(ScaleOperator):
-    """M = diag(values), `values` shaped as the parameter."""
-
-    values: Tensor
-    structure: ClassVar[str] = "diagonal"
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        return tensor * self.values
-
-    def apply_(self, tensor: Tensor) -> Tensor:
-        return tensor.mul_(self.values)
-
-    def power(self, exponent: float) -> Diagonal:
-        if exponent == 0.5:
-            return Diagonal(self.values.sqrt())
-        return Diagonal(self.values.reciprocal() if exponent == -1.0 else self.values**exponent)
+__all__ = [
+    "AffineUpdate",
+    "Diagonal",
+    "Preconditioner",
+    "RowColumn",
+    "Scalar",
+    "ScaleOperator",
+    "TensorUpdate",
+    "TwoSided",
+]
 
 
 @dataclass(frozen=True)
@@ -82,11 +42,14 @@ class TensorUpdate:
         offset: o, shaped as the parameter; the part of the step that does not depend on the gradient.
         gain: kappa, the share of the gradient that this very step applies (1 - beta1 over its bias correction
             for Adam, 1 without momentum). `M / gain` is P, the inverse of the optimizer's curvature model.
+        sign: -1 where the optimizer maximises. `dtheta = -sign (o + M G)`: with the loss negated, the same map; o is
+            the offset of that.
     """
 
     scale: ScaleOperator
     offset: Tensor
     gain: float = 1.0
+    sign: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,14 +57,21 @@ class AffineUpdate:
     """What `optimizer.step()` will do, as an affine map of the gradient, keyed by the parameter itself.
 
     Law: for the reference it was linearised at, `displacement(reference)` is what the step adds.
+
+    All tensors are plain: of a DTensor parameter, those of this process's shard, and so is the displacement.
     """
 
     scale: Mapping[Parameter, ScaleOperator]
     offset: Mapping[Parameter, Tensor]
     gain: Mapping[Parameter, float] = field(default_factory=dict)
+    sign: Mapping[Parameter, float] = field(default_factory=dict)
 
     def displacement(self, gradient: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-        """`-(o + M G)` for every parameter in `gradient`."""
+        """`-sign (o + M G)` for every parameter in `gradient`.
+
+        Raises:
+            ConfigurationError: a parameter that was not linearised, or a gradient that is not that of its shard.
+        """
         strangers = [tuple(p.shape) for p in gradient if p not in self.scale]
         if strangers:
             raise ConfigurationError(
@@ -109,7 +79,10 @@ class AffineUpdate:
                 f"are the {len(self.scale)} parameters it was linearised for; linearise with a reference "
                 "that has them all."
             )
-        return {p: -(self.offset[p] + self.scale[p].apply(g)) for p, g in gradient.items()}
+        return {
+            p: -self.sign.get(p, 1.0) * (self.offset[p] + self.scale[p].apply(local_gradient(g, p)))
+            for p, g in gradient.items()
+        }
 
 
 class Preconditioner(ABC):
@@ -120,8 +93,9 @@ class Preconditioner(ABC):
     optimizer, its state and the parameters are left as they were.
     """
 
-    optimizers: ClassVar[tuple[type[Optimizer], ...]] = ()
-    """Optimizer classes whose step this preconditioner models exactly; empty: takes any, models none."""
+    optimizers: ClassVar[tuple[type[Optimizer] | str, ...]] = ()
+    """Optimizer classes whose step this preconditioner models; empty: takes any, models none. A class of another
+    library is given as "module.Class", so that nothing is imported for it."""
 
     elementwise: ClassVar[bool] = True
     """Whether each entry's update depends on that entry alone, so that rows may be linearised apart."""
@@ -153,12 +127,18 @@ class Preconditioner(ABC):
         The base looks at the class alone. A subclass of a modelled class passes, because whoever names the
         preconditioner vouches for it; `preconditioner_for` is stricter.
         """
-        if self.optimizers and not isinstance(optimizer, self.optimizers):
+        kinds = type(optimizer).mro()
+        if self.optimizers and not any(models(known, cls) for known in self.optimizers for cls in kinds):
             raise UnsupportedOptimizerError(
                 f"preconditioner {type(self).__name__} was given the optimizer "
                 f"{type(optimizer).__qualname__}; it models "
-                f"{', '.join(cls.__qualname__ for cls in self.optimizers)}; name another preconditioner, or "
+                f"{', '.join(qualified(known) for known in self.optimizers)}; name another preconditioner, or "
                 "'identity' for plain gradients."
+            )
+        if len({direction(group) for group in optimizer.param_groups}) > 1:
+            raise UnsupportedOptimizerError(
+                f"{type(optimizer).__qualname__} maximises in some parameter groups and minimises in others; a step "
+                "has one sense for the target's loss; set maximize alike in all groups."
             )
 
     def prepare(self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,34 +157,70 @@ class Preconditioner(ABC):
         """The next `optimizer.step()` as an affine update.
 
         Args:
-            optimizer: any optimizer that this preconditioner models.
+            optimizer: any optimizer that this preconditioner models, or a wrapper of one (`unwrapped`).
             reference: {parameter: gradient}. Parameters that are not in it are left out, as `step()` leaves
-                alone those whose `.grad` is None. None: every parameter that requires grad, with the second
-                moment as the last step left it (stale).
+                alone those whose `.grad` is None. None: every parameter that requires grad and is not empty, with
+                the second moment as the last step left it (stale).
+
+        Of a parameter sharded over processes (a DTensor: FSDP2, tensor parallelism) each process linearises its
+        shard. What `prepare` takes from the whole tensor is still of the whole, so that all processes of the mesh
+        have to call this alike.
 
         Raises:
-            UnsupportedOptimizerError: the optimizer, or an option of it, is not modelled.
+            UnsupportedOptimizerError: the optimizer, or an option of it, is not modelled; or a parameter is sharded
+                and the preconditioner needs it whole (`elementwise` is False).
+            ConfigurationError: a reference that is neither a DTensor nor this process's shard, for a DTensor.
             OptimizerStateError: stale second moment asked for before there is one.
         """
+        optimizer = unwrapped(optimizer)
         self.check(optimizer)
         updates: dict[Parameter, TensorUpdate] = {}
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    if p in reference if reference is not None else p.requires_grad:
-                        gradient = None if reference is None else reference[p]
-                        state = self.prepare(p.detach(), group, state_of(optimizer, p))
-                        updates[p] = self.linearise_tensor(p.detach(), group, state, gradient)
+                    # FSDP1 leaves empty pieces of parameters that other processes hold; no step reaches them.
+                    if p in reference if reference is not None else p.requires_grad and p.numel() > 0:
+                        self._require_whole(p)
+                        gradient = None if reference is None else local_gradient(reference[p], p)
+                        state = local_state(self.prepare(p.detach(), group, state_of(optimizer, p)))
+                        updates[p] = self.linearise_tensor(local(p.detach()), group, state, gradient)
         return AffineUpdate(
             scale={p: u.scale for p, u in updates.items()},
             offset={p: u.offset for p, u in updates.items()},
             gain={p: u.gain for p, u in updates.items()},
+            sign={p: u.sign for p, u in updates.items()},
         )
+
+    def _require_whole(self, parameter: Tensor) -> None:
+        """Raise `UnsupportedOptimizerError` for a shard of a parameter, unless each entry is updated by itself."""
+        if not self.elementwise and is_sharded(parameter):
+            raise UnsupportedOptimizerError(
+                f"preconditioner {type(self).__name__} needs a parameter as a whole, and the one of shape "
+                f"{tuple(parameter.shape)} is sharded over processes; shards are read by preconditioners that work "
+                "entry by entry (SGD, Adam, AdamW and others); train with such an optimizer, name 'identity' for "
+                "plain gradients, or leave the parameter unsharded."
+            )
+
+
+def qualified(known: type | str) -> str:
+    """The full name of an optimizer class, "module.Class"."""
+    return known if isinstance(known, str) else f"{known.__module__}.{known.__qualname__}"
+
+
+def models(known: type | str, cls: type) -> bool:
+    """Whether an entry of `Preconditioner.optimizers` is this very class."""
+    return known is cls or (isinstance(known, str) and known == qualified(cls))
+
+
+def direction(group: Mapping[str, Any]) -> float:
+    """-1 where the group maximises, as in `TensorUpdate.sign`."""
+    return -1.0 if group.get("maximize") else 1.0
 
 
 def state_of(optimizer: Optimizer, parameter: Parameter) -> Mapping[str, Any]:
     """The optimizer's state of one parameter, without creating an entry where there is none."""
-    return optimizer.state.get(parameter, {})
+    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return state
 
 
 def state_rows(state: Mapping[str, Any], parameter: Tensor, rows: slice | Tensor) -> dict[str, Any]:

@@ -14,25 +14,25 @@ from ftw.optim_state.base import (
     Preconditioner,
     Scalar,
     TensorUpdate,
+    direction,
     no_offset,
-    refuse_options,
     require_dense_real,
 )
 
 
 class Identity(Preconditioner):
-    """`dtheta = -lr * G`: no momentum, no second moment, no decay (DESIGN, section 2, geometry `vanilla`).
+    """`dtheta = -lr * G`, or `+lr * G` where the group maximises: no momentum, no second moment, no decay (DESIGN,
+    section 2, geometry `vanilla`).
 
     Takes any optimizer whose groups have an `lr`. It is that optimizer's step only for SGD without momentum
     and decay; the others are not modelled but replaced.
     """
 
-    optimizers: ClassVar[tuple[type[Optimizer], ...]] = ()
+    optimizers: ClassVar[tuple[type[Optimizer] | str, ...]] = ()
     structure: ClassVar[str] = "scalar"
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "maximize")
         for index, group in enumerate(optimizer.param_groups):
             if "lr" not in group:
                 raise UnsupportedOptimizerError(
@@ -50,4 +50,6 @@ class Identity(Preconditioner):
     ) -> TensorUpdate:
         """M = lr * I, o = 0, kappa = 1; state and reference play no part."""
         require_dense_real(parameter, reference)
-        return TensorUpdate(scale=Scalar(float(group["lr"])), offset=no_offset(parameter), gain=1.0)
+        return TensorUpdate(
+            scale=Scalar(float(group["lr"])), offset=no_offset(parameter), gain=1.0, sign=direction(group)
+        )

@@ -5,11 +5,37 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from ftw.errors import UnsupportedOptimizerError
+from ftw.optim_state.adafactor import Adafactor
+from ftw.optim_state.adagrad import Adagrad
 from ftw.optim_state.adam import Adam, AdamW
-from ftw.optim_state.base import Preconditioner
+from ftw.optim_state.base import Preconditioner, models, qualified
+from ftw.optim_state.hf_adafactor import HFAdafactor
+from ftw.optim_state.lion import Lion
+from ftw.optim_state.muon import Muon
+from ftw.optim_state.nadam import NAdam
+from ftw.optim_state.quantized import BitsandbytesAdam, BitsandbytesLion, TorchaoAdam, TorchaoAdamW
+from ftw.optim_state.radam import RAdam
+from ftw.optim_state.rmsprop import RMSprop
 from ftw.optim_state.sgd import SGD
+from ftw.optim_state.wrappers import unwrapped
 
-BUILT_IN: tuple[type[Preconditioner], ...] = (SGD, Adam, AdamW)
+BUILT_IN: tuple[type[Preconditioner], ...] = (
+    SGD,
+    Adam,
+    AdamW,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Adagrad,
+    Lion,
+    Adafactor,
+    HFAdafactor,
+    Muon,
+    TorchaoAdam,
+    TorchaoAdamW,
+    BitsandbytesAdam,
+    BitsandbytesLion,
+)
 """Those that "auto" looks at. A plug-in is loaded only when it is named, so none is asked here."""
 
 
@@ -22,15 +48,25 @@ def preconditioner_for(optimizer: Optimizer) -> Preconditioner:
     Raises:
         UnsupportedOptimizerError: no built-in models the class, or not with an option that is switched on.
     """
+    optimizer = unwrapped(optimizer)
     for cls in BUILT_IN:
-        if type(optimizer) in cls.optimizers:
+        if any(models(known, type(optimizer)) for known in cls.optimizers):
             preconditioner = cls()
             preconditioner.check(optimizer)
             return preconditioner
-    given = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    modelled = ", ".join(f"{known.__module__}.{known.__qualname__}" for cls in BUILT_IN for known in cls.optimizers)
+    given = qualified(type(optimizer))
     raise UnsupportedOptimizerError(
-        f"no preconditioner models the optimizer {given}; modelled are {modelled}; use "
+        f"no preconditioner models the optimizer {given}; modelled are {_modelled()}; use "
         "preconditioner='identity' for plain gradients, or register one under entry-point group "
         "'ftw.optim_state' and name it."
     )
+
+
+def _modelled() -> str:
+    """All modelled classes, those of one module together: "torch.optim.sgd.SGD, torch.optim.adam.Adam, ..."."""
+    modules: dict[str, list[str]] = {}
+    for cls in BUILT_IN:
+        for known in cls.optimizers:
+            module, _, name = qualified(known).rpartition(".")
+            modules.setdefault(module, []).append(name)
+    return ", ".join(f"{module}.{'/'.join(names)}" for module, names in modules.items())

@@ -14,6 +14,7 @@ from ftw.optim_state.base import (
     Preconditioner,
     Scalar,
     TensorUpdate,
+    direction,
     no_offset,
     refuse_options,
     require_dense_real,
@@ -31,14 +32,15 @@ class SGD(Preconditioner):
 
     so `M = kappa*lr*I` with kappa = 1-d, or 1 + u*(1-d) for Nesterov. At a parameter's first step torch sets
     a' = h and dampening plays no part: kappa = 1, or 1+u. M needs no history, so `age` is None: no warm-up.
+    With `maximize` torch negates G before decay is added.
     """
 
-    optimizers: ClassVar[tuple[type[Optimizer], ...]] = (torch.optim.SGD,)
+    optimizers: ClassVar[tuple[type[Optimizer] | str, ...]] = (torch.optim.SGD,)
     structure: ClassVar[str] = "scalar"
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "maximize", "differentiable")
+        refuse_options(optimizer, "differentiable")
         for index, group in enumerate(optimizer.param_groups):
             if group["momentum"] and group["dampening"] >= 1:
                 raise UnsupportedOptimizerError(
@@ -67,4 +69,5 @@ class SGD(Preconditioner):
             offset = working(buffer) * (lr * momentum * (momentum if group["nesterov"] else 1.0))
         if decay:
             offset = offset + working(parameter) * (lr * gain * decay)
-        return TensorUpdate(scale=Scalar(lr * gain), offset=offset, gain=gain)
+        sign = direction(group)
+        return TensorUpdate(Scalar(lr * gain), offset if sign > 0 else -offset, gain, sign)

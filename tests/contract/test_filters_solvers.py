@@ -13,7 +13,26 @@ import torch
 
 from ftw import registry
 from ftw.errors import ConfigurationError
-from ftw.filters import All, Filter, Greedy, Random, Threshold, TopK
+from ftw.filters import (
+    DPP,
+    IFD,
+    OMP,
+    All,
+    Chain,
+    Cluster,
+    FacilityLocation,
+    Filter,
+    GradNorm,
+    Greats,
+    Greedy,
+    MaxLoss,
+    Opus,
+    Quota,
+    Random,
+    RhoLoss,
+    Threshold,
+    TopK,
+)
 from ftw.problem import Solution, Status
 from ftw.solvers import (
     Box,
@@ -34,10 +53,22 @@ from ftw.testing import check_constraint_set, check_filter, check_solver, constr
 
 FILTERS = {
     "all": (All, [{}]),
+    "chain": (Chain, [{}, {"filters": ["grad_norm", "dpp", "topk"], "keep": [3, 1.5]}, {"filters": ["topk", "all"]}]),
+    "cluster": (Cluster, [{}, {"clusters": 2, "within": "omp", "towards": "centroid"}]),
+    "dpp": (DPP, [{}, {"quality": "exp", "relevance": 3.0}, {"mode": "sample"}, {"mode": "sample", "quality": "exp"}]),
+    "facility_location": (FacilityLocation, [{}]),
+    "grad_norm": (GradNorm, [{}]),
+    "greats": (Greats, [{}, {"learning_rate": 1e-3, "reduction": "mean"}]),
     "greedy": (Greedy, [{}]),
+    "ifd": (IFD, [{}, {"most": math.inf}]),
+    "max_loss": (MaxLoss, [{}]),
+    "omp": (OMP, [{}, {"ridge": 0.0, "tolerance": 0.0}, {"signed": True}, {"signed": True, "ridge": 0.0}]),
+    "opus": (Opus, [{}, {"temperature": 0.0}, {"redundancy": 0.0}]),
+    "quota": (Quota, [{}, {"filter": "topk", "at_most": {1.0: 0.5}}, {"filter": "rho_loss"}]),
     "random": (Random, [{}]),
+    "rho_loss": (RhoLoss, [{}]),
     "threshold": (Threshold, [{}, {"value": 0.5}]),
-    "topk": (TopK, [{}]),
+    "topk": (TopK, [{}, {"by": "cosine"}, {"by": "gain"}, {"by": "shapley"}]),
 }
 SOLVERS = {
     "closed_form": (ClosedForm, [{}]),
@@ -86,8 +117,8 @@ def test_solver(cls, options):
 class Broken(Filter):
     """A filter that returns what it was told to, computed from the problem."""
 
-    def __init__(self, rule):
-        self.rule = rule
+    def __init__(self, rule, needs_gram=False, columns=()):
+        self.rule, self.needs_gram, self.columns = rule, needs_gram, columns
 
     def __call__(self, problem):
         return self.rule(problem)
@@ -119,6 +150,47 @@ def test_check_filter_finds(rule, message):
     with pytest.raises((AssertionError, ConfigurationError)) as caught:
         check_filter(Broken(rule))
     assert message in str(caught.value)
+
+
+def first(problem):
+    return torch.arange(problem.budget)
+
+
+def spoil_column(problem):
+    problem.extra("loss", "broken").zero_()
+    return first(problem)
+
+
+def spoil_factor(problem):
+    if problem.factor is not None:
+        problem.factor.zero_()
+    return first(problem)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (first, {"columns": ("loss",)}, "but runs without it"),
+        (spoil_column, {"columns": ("loss",)}, "changes the column 'loss'"),
+        (spoil_factor, {"needs_gram": True}, "changes the problem's factor"),
+        (lambda p: first(p) if p.factor is None else first(p).flip(0), {"needs_gram": True}, "given as a factor"),
+        (lambda p: first(p) if p.factor is None else torch.arange(p.size), {"needs_gram": True}, "from a factor: "),
+    ],
+)
+def test_check_filter_finds_what_columns_and_factors_show(rule, options, message):
+    with pytest.raises(AssertionError) as caught:
+        check_filter(Broken(rule, **options))
+    assert message in str(caught.value)
+
+
+def test_a_plug_in_is_checked_in_three_lines():
+    class Shortest(Filter):
+        needs_gram = True
+
+        def __call__(self, problem):
+            return torch.argsort(problem.diagonal, stable=True)[: problem.budget]
+
+    check_filter(Shortest())
 
 
 class Wrapped(WeightSolver):

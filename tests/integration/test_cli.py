@@ -379,7 +379,7 @@ class TestMethods:
         (ours,) = override(parse("ours"), {"solver": "closed_form"})
         assert ours.label == "ours (solver=closed_form, no bounds)"
         assert ours.arguments() | {"constraints": None} == METHODS["unbounded"].arguments() | {"constraints": None}
-        assert not ours.bounded
+        assert not ours.preset.bounded
 
     def test_an_override_needs_ours(self):
         with pytest.raises(ConfigurationError, match="add it to --method"):

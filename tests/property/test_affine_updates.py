@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lion_pytorch import Lion as LionPytorch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
-from ftw.optim_state import SGD, Adam, AdamW, Diagonal, Scalar
+from ftw.optim_state import SGD, Adagrad, Adam, AdamW, Diagonal, Lion, NAdam, Preconditioner, RAdam, RMSprop, Scalar
 from ftw.testing import check_preconditioner
 
 TOLERANCE = 1e-12
@@ -22,7 +26,11 @@ shapes = st.lists(
     min_size=2,
     max_size=3,
 )
-run = st.fixed_dictionaries({"shapes": shapes, "steps": st.integers(1, 6), "seed": st.integers(0, 2**31)})
+run = st.fixed_dictionaries({"shapes": shapes, "steps": st.integers(1, 8), "seed": st.integers(0, 2**31)})
+senses = st.booleans()  # maximize: one for all groups
+# Not 0 < beta1 << 1: there torch's own `lerp` has rounded beta1 * m away.
+averaging = st.one_of(st.just(0.0), st.floats(0.01, 0.99))
+tiny = st.floats(1e-10, 1e-2)  # eps
 
 
 @st.composite
@@ -42,35 +50,117 @@ def sgd_group(draw: st.DrawFn) -> dict[str, Any]:
 adam_group = st.fixed_dictionaries(
     {
         "lr": rates,
-        # Not 0 < beta1 << 1: there torch's own `lerp` has rounded beta1 * m away.
-        "betas": st.tuples(st.one_of(st.just(0.0), st.floats(0.01, 0.99)), st.floats(0.0, 0.9999)),
-        "eps": st.floats(1e-10, 1e-2),
+        "betas": st.tuples(averaging, st.floats(0.0, 0.9999)),
+        "eps": tiny,
         "weight_decay": decays,
         "amsgrad": st.booleans(),
     }
 )
+nadam_group = st.fixed_dictionaries(
+    {
+        "lr": rates,
+        "betas": st.tuples(averaging, st.floats(0.0, 0.9999)),
+        "eps": tiny,
+        "weight_decay": decays,
+        "momentum_decay": st.floats(0.0, 0.5),
+        "decoupled_weight_decay": st.booleans(),
+    }
+)
+radam_group = st.fixed_dictionaries(
+    {
+        "lr": rates,
+        "betas": st.tuples(averaging, st.floats(0.0, 0.9999)),
+        "eps": tiny,
+        "weight_decay": decays,
+        "decoupled_weight_decay": st.booleans(),
+    }
+)
+
+
+@st.composite
+def rmsprop_group(draw: st.DrawFn) -> dict[str, Any]:
+    centered = draw(st.booleans())
+    return {
+        "lr": draw(rates),
+        # Centred with alpha = 0, the variance is 0 but for rounding; where that is negative, torch itself makes NaN.
+        "alpha": draw(st.floats(0.05, 0.99) if centered else averaging),
+        "eps": draw(tiny),
+        "weight_decay": draw(decays),
+        "momentum": draw(st.one_of(st.just(0.0), st.floats(0.05, 0.99))),
+        "centered": centered,
+    }
+
+
+adagrad_group = st.fixed_dictionaries(
+    {"lr": rates, "lr_decay": st.floats(0.0, 2.0), "eps": tiny, "weight_decay": decays}
+)
+lion_group = st.fixed_dictionaries({"lr": rates, "betas": st.tuples(averaging, averaging), "weight_decay": decays})
 
 
 def groups(parameters: list[Parameter], first: dict[str, Any], rest: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"params": parameters[:1], **first}, {"params": parameters[1:], **rest}]
 
 
-@settings(deadline=None, max_examples=60)
-@given(first=sgd_group(), rest=sgd_group(), run=run)
-def test_sgd(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any]) -> None:
-    check_preconditioner(SGD(), lambda ps: torch.optim.SGD(groups(ps, first, rest), lr=1.0), tolerance=TOLERANCE, **run)
+def check(
+    ours: Preconditioner,
+    cls: Callable[..., Optimizer],
+    first: dict[str, Any],
+    rest: dict[str, Any],
+    run: dict[str, Any],
+    **options: Any,
+) -> None:
+    check_preconditioner(ours, lambda ps: cls(groups(ps, first, rest), **options), tolerance=TOLERANCE, **run)
 
 
 @settings(deadline=None, max_examples=60)
-@given(first=adam_group, rest=adam_group, run=run)
-def test_adam(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any]) -> None:
-    check_preconditioner(Adam(), lambda ps: torch.optim.Adam(groups(ps, first, rest)), tolerance=TOLERANCE, **run)
+@given(first=sgd_group(), rest=sgd_group(), run=run, maximize=senses)
+def test_sgd(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(SGD(), torch.optim.SGD, first, rest, run, lr=1.0, maximize=maximize)
 
 
 @settings(deadline=None, max_examples=60)
-@given(first=adam_group, rest=adam_group, run=run)
-def test_adamw(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any]) -> None:
-    check_preconditioner(AdamW(), lambda ps: torch.optim.AdamW(groups(ps, first, rest)), tolerance=TOLERANCE, **run)
+@given(first=adam_group, rest=adam_group, run=run, maximize=senses)
+def test_adam(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(Adam(), torch.optim.Adam, first, rest, run, maximize=maximize)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=adam_group, rest=adam_group, run=run, maximize=senses)
+def test_adamw(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(AdamW(), torch.optim.AdamW, first, rest, run, maximize=maximize)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=nadam_group, rest=nadam_group, run=run, maximize=senses)
+def test_nadam(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(NAdam(), torch.optim.NAdam, first, rest, run, maximize=maximize)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=radam_group, rest=radam_group, run=run, maximize=senses)
+def test_radam(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(RAdam(), torch.optim.RAdam, first, rest, run, maximize=maximize)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=rmsprop_group(), rest=rmsprop_group(), run=run, maximize=senses)
+def test_rmsprop(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(RMSprop(), torch.optim.RMSprop, first, rest, run, maximize=maximize)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=adagrad_group, rest=adagrad_group, run=run, maximize=senses, initial=st.one_of(st.just(0.0), rates))
+def test_adagrad(
+    first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool, initial: float
+) -> None:
+    options = {"maximize": maximize, "initial_accumulator_value": initial}
+    check(Adagrad(), torch.optim.Adagrad, first, rest, run, **options)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=lion_group, rest=lion_group, run=run, floor=st.floats(0.0, 10.0))
+def test_lion(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], floor: float) -> None:
+    check(Lion(floor), LionPytorch, first, rest, run)
 
 
 @st.composite
@@ -92,14 +182,29 @@ def test_powers_add_up(drawn: tuple[Scalar | Diagonal, Tensor], exponent: float)
         torch.testing.assert_close(twice, scale.apply(x), rtol=1e-12, atol=0)
 
 
-@given(first=adam_group, seed=st.integers(0, 2**31))
-def test_a_larger_reference_never_enlarges_m(first: dict[str, Any], seed: int) -> None:
+@pytest.mark.parametrize(
+    ("ours", "cls", "options"),
+    [
+        (AdamW, torch.optim.AdamW, {}),
+        (AdamW, torch.optim.AdamW, {"amsgrad": True}),
+        (NAdam, torch.optim.NAdam, {}),
+        (RAdam, torch.optim.RAdam, {}),
+        (RMSprop, torch.optim.RMSprop, {"momentum": 0.9}),
+        (Adagrad, torch.optim.Adagrad, {}),
+    ],
+)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 8))
+def test_a_larger_reference_never_enlarges_m(
+    ours: type[Preconditioner], cls: Callable[..., Optimizer], options: dict[str, Any], seed: int, steps: int
+) -> None:
     """M falls as |reference| grows: an entry that moves a lot is stepped less."""
-    p = Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-    optimizer = torch.optim.AdamW([p], **first)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    reference = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    p = Parameter(torch.randn(3, 2, generator=generator, dtype=torch.float64))
+    optimizer = cls([p], **options)
+    for _ in range(steps):
+        p.grad = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    reference = torch.randn(3, 2, generator=generator, dtype=torch.float64)
     ones = torch.ones_like(p)
-    small, large = (AdamW().linearise(optimizer, {p: factor * reference}).scale[p].apply(ones) for factor in (1.0, 3.0))
+    small, large = (ours().linearise(optimizer, {p: factor * reference}).scale[p].apply(ones) for factor in (1.0, 3.0))
     assert bool((large <= small).all())

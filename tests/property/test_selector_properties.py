@@ -73,7 +73,8 @@ def test_invariants_of_a_step(
     )
     total = sum(float(mass.sum()) for _, mass in parts)
     for x, mass in parts:
-        with selector.record(mass=mass):
+        extras = {column: torch.rand(len(x)) for column in selector.policy.filter.columns}
+        with selector.record(mass=mass, extras=extras):
             ((model(x) - 1.0).square().mean(1) @ mass / total).backward()
     selection = selector.apply()
 

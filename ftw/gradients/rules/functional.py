@@ -106,7 +106,7 @@ class FunctionalRule(LayerRule):
                 _check_independence(call, division, evaluate, parameters, found[1])
         for p, values in zip(keys, found[0], strict=True):
             shape, dtype = tuple(as_rows(p).shape), accumulate(p)
-            values = values.to(dtype).view(-1, *shape)
+            values = values.to(dtype).reshape(-1, *shape)
             yield keys[p], Dense(call.layout.start, shape, dtype, values if call.scale == 1.0 else values * call.scale)
 
 

@@ -1,0 +1,107 @@
+"""Several targets at once: a gradient each, and their mean, which stands for them all where one is needed.
+
+Used by the selector in the place of a `Target`; what is made of the single gradients is the policy's `targets`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ftw.errors import ConfigurationError, NonFiniteError, TargetError
+from ftw.target import LossFunction, Target
+
+
+class Targets:
+    """Named targets with a weight each.
+
+    Memory: one gradient, the size of the trainable parameters, for each of them.
+
+    Args:
+        targets: name -> iterable of batches, or `Target`.
+        weights: name -> share in the mean, on any positive scale; default: equal.
+        loss_fn, options: as for `Target`, for those that are given as plain iterables.
+
+    Raises:
+        ConfigurationError: no target, a weight that is not positive, names that do not fit.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, Iterable[Any] | Target],
+        weights: Mapping[str, float] | None = None,
+        loss_fn: LossFunction | None = None,
+        **options: Any,
+    ) -> None:
+        if not targets:
+            raise ConfigurationError("target is an empty mapping; at least one named target is needed; add one.")
+        shares = dict.fromkeys(targets, 1.0) if weights is None else dict(weights)
+        if shares.keys() != targets.keys() or not all(
+            isinstance(share, (int, float)) and 0 < share < math.inf for share in shares.values()
+        ):
+            raise ConfigurationError(
+                f"target_weights are {weights}; one positive number for each of {list(targets)} is needed; leave them "
+                "out for equal ones."
+            )
+        self.each = {
+            name: target if isinstance(target, Target) else Target(target, loss_fn, **options)
+            for name, target in targets.items()
+        }
+        total = sum(shares.values())
+        self.weights = {name: shares[name] / total for name in targets}
+        self.gradients: list[dict[Parameter, Tensor]] = []
+        """g_j of the last call of `gradient`, in the order of the names."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the targets, in their order."""
+        return list(self.each)
+
+    def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
+        """`sum_j weight_j g_j`; raises as `Target.gradient`, with the target's name."""
+        self.gradients = []
+        for name, target in self.each.items():
+            try:
+                self.gradients.append(target.gradient(model, parameters))
+            except (TargetError, NonFiniteError) as error:
+                raise type(error)(f"target {name!r}: {error}") from error
+        shares = list(self.weights.values())
+        return {
+            p: sum((share * g[p] for share, g in zip(shares[1:], self.gradients[1:], strict=True)), shares[0] * first)
+            for p, first in self.gradients[0].items()
+        }
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """As `Target.loss`, by name."""
+        return {name: target.loss(model) for name, target in self.each.items()}
+
+    def loss(self, model: nn.Module) -> float:
+        """Weighted mean of `losses`."""
+        return sum(self.weights[name] * loss for name, loss in self.losses(model).items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each target's, by name."""
+        return {name: target.state_dict() for name, target in self.each.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        if state.keys() != self.each.keys():
+            raise ConfigurationError(
+                f"the state is that of targets {sorted(state)}, and there are {sorted(self.each)}; resume with the "
+                "targets of the run that saved it."
+            )
+        for name, target in self.each.items():
+            target.load_state_dict(state[name])
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs to undo a step."""
+        return {name: target.snapshot() for name, target in self.each.items()}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Undo to a snapshot."""
+        for name, target in self.each.items():
+            target.restore(snapshot[name])

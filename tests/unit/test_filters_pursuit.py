@@ -1,0 +1,225 @@
+"""Matching pursuits and GREATS against references in feature space that know C and g, not K and b."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+
+from ftw.errors import ConfigurationError
+from ftw.filters import OMP, Greats, Greedy, TopK
+from ftw.filters.refit import non_negative
+from ftw.problem import SelectionProblem
+from ftw.testing import SHAPES, ugly_problem
+
+
+def features(n, d, seed, shape="plain"):
+    """C (d, n) and g (d,)."""
+    rng = np.random.default_rng(seed)
+    C, g = rng.standard_normal((d, n)), rng.standard_normal(d)
+    if shape == "uneven":
+        C *= 10.0 ** rng.uniform(-1, 1, n)
+    if shape == "common":  # gradients of one model share a direction
+        C += 2 * g[:, None]
+    if shape == "duplicates":
+        C[:, n - n // 2 :] = C[:, : n // 2]
+    return C, g
+
+
+def posed(C, g, k, scale=1.0):
+    return SelectionProblem(torch.from_numpy(scale * C.T @ C), torch.from_numpy(scale * C.T @ g), k)
+
+
+# --- The refit ---
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_non_negative_refit_is_nnls(shape):
+    """Against scipy's NNLS in feature space: the same residual, which is unique where the weights are not."""
+    for seed, n in itertools.product(range(6), (1, 2, 5, 12)):
+        generator = torch.Generator().manual_seed(seed)
+        ugly = ugly_problem(shape, n, generator)
+        if shape == "out_of_range":
+            continue  # no feature space has this b, and without a bound there may be no minimum
+        K, b = ugly.gram.numpy(), ugly.alignment.numpy()
+        weights = non_negative(K, b, np.zeros(n))
+        assert (weights >= 0).all()
+        values, vectors = np.linalg.eigh(K)
+        kept = values > 1e-12 * max(values[-1], 1e-300)
+        root = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+        expected = nnls(root, vectors[:, kept].T @ b / np.sqrt(values[kept]))[0] if kept.any() else np.zeros(n)
+        reached, best = (0.5 * w @ K @ w - b @ w for w in (weights, expected))
+        assert reached <= best + 1e-9 * abs(best)
+
+
+# --- Greedy on a factor ---
+
+
+@pytest.mark.parametrize("shape", ["plain", "uneven", "common", "duplicates"])
+def test_greedy_is_the_same_from_a_factor_and_forms_no_gram(shape):
+    for seed in range(5):
+        C, g = features(40, 12, seed, shape)
+        problem = SelectionProblem(factor=torch.from_numpy(C.T.copy()), alignment=torch.from_numpy(C.T @ g), budget=10)
+        assert Greedy()(problem).tolist() == Greedy()(posed(C, g, 10)).tolist()
+        assert "full_gram" not in problem.__dict__
+
+
+def test_a_factor_of_rank_r_needs_no_more_than_r_candidates():
+    C, g = features(200, 6, 0)
+    problem = SelectionProblem(factor=torch.from_numpy(C.T.copy()), alignment=torch.from_numpy(C.T @ g), budget=100)
+    index = Greedy()(problem).numpy()
+    assert len(index) <= 6
+    weights = nnls(C[:, index], g)[0]
+    assert np.linalg.norm(C[:, index] @ weights - g) <= 1e-9 * np.linalg.norm(g)
+
+
+def best_drop(C, g, index):
+    """max b'w - 1/2 w'Kw over w >= 0 on the index, as a fall of 1/2 ||C w - g||^2."""
+    return (g @ g - nnls(C[:, index], g)[1] ** 2) / 2 if len(index) else 0.0
+
+
+def test_greedy_comes_near_the_best_set_there_is():
+    """Against exhaustive search, as `benchmarks/filters.py` prints it: share of the best possible drop."""
+    shares = []
+    for seed in range(120):
+        C, g = features(9, 12, seed, ("plain", "common", "uneven")[seed % 3])
+        index = Greedy()(posed(C, g, 3)).numpy()
+        best = max(best_drop(C, g, list(S)) for S in itertools.combinations(range(9), 3))
+        if best > 1e-9 * (g @ g):  # otherwise nobody helps
+            shares.append(best_drop(C, g, index) / best)
+    assert len(shares) > 100
+    assert max(shares) <= 1 + 1e-9
+    assert np.median(shares) >= 0.999
+    assert np.quantile(shares, 0.1) >= 0.9
+    assert min(shares) >= 1 - 1 / np.e  # greedy's guarantee on submodular objectives, which this one is not
+
+
+# --- OMP ---
+
+
+def omp_in_feature_space(C, g, k, ridge, signed=False, tolerance=0.0):
+    """GRAD-MATCH, algorithm 2: argmax of the residual's inner products, then min ||C w - g||^2 + lambda ||w||^2."""
+    lam = ridge * np.mean((C * C).sum(0))
+    X, w, first = [], np.zeros(0), np.abs(C.T @ g).max()
+    while len(X) < k:
+        r = C.T @ (g - C[:, X] @ w)
+        r = np.abs(r) if signed else r
+        r[X] = -np.inf
+        j = int(np.argmax(r))
+        if r[j] <= max(tolerance, 1e-12) * first:
+            break
+        X.append(j)
+        A = np.vstack([C[:, X], np.sqrt(lam) * np.eye(len(X))])
+        y = np.concatenate([g, np.zeros(len(X))])
+        w = np.linalg.lstsq(A, y, rcond=None)[0] if signed else nnls(A, y)[0]
+    return X
+
+
+@pytest.mark.parametrize("shape", ["plain", "uneven", "common"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 0.01, 0.5])
+def test_omp_is_grad_match(shape, signed, ridge):
+    for seed, n in itertools.product(range(10), (1, 2, 7, 15)):
+        C, g = features(n, 20, seed, shape)
+        for k in {1, n // 2, n}:
+            got = OMP(ridge, signed, tolerance=1e-6)(posed(C, g, k, scale=1e-5)).tolist()
+            assert got == omp_in_feature_space(C, g, k, ridge, signed, 1e-6)
+
+
+def test_omp_reads_a_factor():
+    C, g = features(60, 20, 3)
+    problem = SelectionProblem(factor=torch.from_numpy(C.T.copy()), alignment=torch.from_numpy(C.T @ g), budget=15)
+    assert OMP()(problem).tolist() == omp_in_feature_space(C, g, 15, 0.5, tolerance=1e-4)
+    assert "full_gram" not in problem.__dict__
+
+
+def test_omp_and_greedy_differ_as_they_say():
+    long_and_off = np.array([[1.0, 3.0], [0.0, 9.0]])
+    g = np.array([1.0, 0.0])
+    assert OMP()(posed(long_and_off, g, 1)).tolist() == [1]
+    assert Greedy()(posed(long_and_off, g, 1)).tolist() == [0]
+    # the first choice becomes superfluous: greedy gives it back, OMP keeps it
+    C = np.array([[2.0, 3.0, -1.0], [-2.0, -3.0, 3.0], [-3.0, 1.0, -2.0]])
+    g = np.array([3.0, 0.0, -1.0])
+    assert Greedy()(posed(C, g, 3)).tolist() == [1, 2]
+    assert OMP(ridge=0.0)(posed(C, g, 3)).tolist() == omp_in_feature_space(C, g, 3, 0.0)
+    assert sorted(OMP(ridge=0.0)(posed(C, g, 3)).tolist()) == [0, 1, 2]
+
+
+def test_omp_ends_at_its_tolerance():
+    C, g = features(30, 10, 0)
+    sizes = [len(OMP(0.0, tolerance=t)(posed(C, g, 30))) for t in (0.9, 0.3, 0.0)]
+    assert sizes == [len(omp_in_feature_space(C, g, 30, 0.0, tolerance=t)) for t in (0.9, 0.3, 0.0)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_omp_with_signed_weights_takes_what_points_away():
+    C, g = np.array([[1.0, -5.0]]), np.array([1.0])
+    assert OMP()(posed(C, g, 1)).tolist() == [0]
+    assert OMP(signed=True)(posed(C, g, 1)).tolist() == [1]
+
+
+def test_omp_finds_nothing_where_there_is_nothing():
+    for K, b in ((torch.zeros(3, 3), torch.ones(3)), (torch.eye(3), torch.zeros(3)), (torch.eye(3), -torch.ones(3))):
+        assert OMP()(SelectionProblem(K, b, 2)).tolist() == []
+
+
+@pytest.mark.parametrize("options", [{"ridge": -1.0}, {"tolerance": -1e-3}, {"ridge": float("nan")}])
+def test_omp_refuses(options):
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        OMP(**options)
+
+
+# --- GREATS ---
+
+
+def greats_by_the_paper(grads, g, rate, k, mean):
+    """U(z | S) = lr grad_z . g - lr^2 sum_S grad_z . grad_j, for updates that sum (or average) gradients."""
+    step = rate / max(k, 1) if mean else rate
+    S = []
+    for _ in range(k):
+        gains = [
+            -np.inf if z in S else step * grads[z] @ g - step**2 * sum(grads[z] @ grads[j] for j in S)
+            for z in range(len(grads))
+        ]
+        S.append(int(np.argmax(gains)))
+    return S
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-2, 0.3, 10.0])
+@pytest.mark.parametrize("mean", [False, True])
+def test_greats_is_the_papers_greedy(rate, mean):
+    """Geometry "vanilla": c = grad / n, b = lr c.g, K = lr c.c."""
+    answers = set()
+    for seed, n in itertools.product(range(10), (1, 4, 9)):
+        C, g = features(n, 6, seed, "common")
+        grads = C.T
+        c = grads / n
+        for k in range(n + 1):
+            b, K = torch.from_numpy(rate * c @ g), torch.from_numpy(rate * c @ c.T)
+            problem = SelectionProblem(K, b, k)
+            got = Greats(rate, "mean" if mean else "sum")(problem).tolist()
+            assert got == greats_by_the_paper(grads, g, rate, k, mean)
+            by_column = SelectionProblem(K, b, k, extras={"learning_rate": [rate] * n})
+            assert Greats(reduction="mean" if mean else "sum")(by_column).tolist() == got
+            answers.add(got == TopK()(problem).tolist())
+    assert (False in answers) == (rate > 1e-5)  # with a rate of fine-tuning the interaction decides nothing
+
+
+def test_greats_by_name_needs_the_rate():
+    assert Greats().columns == ("learning_rate",)
+    assert Greats(1e-3).columns == ()
+    with pytest.raises(ConfigurationError, match="'greats' needs the column 'learning_rate'"):
+        Greats()(SelectionProblem(torch.eye(2), torch.ones(2), 1))
+    with pytest.raises(ConfigurationError, match="learning_rate is -1"):
+        Greats(-1.0)
+    with pytest.raises(ConfigurationError, match="'sum', 'mean'"):
+        Greats(reduction="none")
+
+
+def test_greats_with_the_optimizers_curvature_turns_to_the_other_direction():
+    C = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.6]])
+    g = np.array([1.0, 0.6])
+    assert Greats(1e-5)(posed(C, g, 2)).tolist() == [0, 1]
+    assert Greats(1.0, "mean")(posed(C, g, 2)).tolist() == [0, 2]
