@@ -147,14 +147,21 @@ class Policy:
             **several,
         )
 
-    def choose(self, alignment: Tensor, mass: Tensor, generator: torch.Generator, absent: Sequence[int] = ()) -> Tensor:
+    def choose(
+        self,
+        alignment: Tensor,
+        mass: Tensor,
+        generator: torch.Generator,
+        absent: Sequence[int] = (),
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Tensor:
         """Indices (m,) that the filter picks by alignment alone; one that needs K gets a shortlist instead.
 
         The shortlist holds the `2 k` candidates of the largest alignment.
 
         Args:
             alignment: (n,) of the whole pool.
-            mass, generator, absent: as for `decide`.
+            mass, generator, absent, extras: as for `decide`.
         """
         gone = set(absent)
         full_mass = _normalised(mass, gone)
@@ -164,7 +171,12 @@ class Policy:
             order = torch.argsort(alignment[present], descending=True, stable=True)
             return present[order[: 2 * k]].sort().values
         problem = SelectionProblem(
-            gram=None, alignment=alignment[present], budget=k, mass=full_mass[present], generator=generator
+            gram=None,
+            alignment=alignment[present],
+            budget=k,
+            mass=full_mass[present],
+            generator=generator,
+            extras={name: [column[i] for i in present.tolist()] for name, column in (extras or {}).items()},
         )
         return present[_check_indices(self.filter(problem), problem, self.filter)]
 

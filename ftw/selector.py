@@ -9,7 +9,7 @@ Longer than others because of the arguments, which are documented and checked wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,37 +21,31 @@ from torch.optim import Optimizer
 
 from ftw import presets, registry
 from ftw.arguments import at_least, one_of
-from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle, measure
+from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle
 from ftw.curvature.base import Curvature
 from ftw.decision import ConstraintMaker, Policy
-from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
+from ftw.errors import ConfigurationError, RecordingError
 from ftw.fidelity import Expectation, Fidelity, TrustRegion, Watcher, total_norm
-from ftw.filters.all import All
 from ftw.filters.base import Filter
-from ftw.gradients.base import Contributions, GradientExtractor
+from ftw.gradients.base import GradientExtractor
 from ftw.gradients.coverage import CoverageTable, describe
 from ftw.gradients.recorder import Recorder
-from ftw.gradients.replay import replay_gradients
 from ftw.gradients.rules import LayerRule, rules_for
-from ftw.measurement import Measurement
-from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.optim_state.wrappers import unwrapped
 from ftw.problem import Selection, Status
-from ftw.scoring import Scores, curvature, directions, score, updates
+from ftw.routes import Decided, Step, decide_beyond_cap, decide_samples, decide_tokens, displacement_of
+from ftw.scoring import directions
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
-from ftw.survivors import along, read_survivors, sum_survivors, weigh_survivors
 from ftw.target import LossFunction, Target
 from ftw.targets import Targets
+from ftw.writing import Writer
 
 STATE_VERSION = 1
 
 NOTHING_USEFUL = ("zero", "skip")
-
-TOKEN_GRAM = 1024
-"""Most tokens for which a Gram is formed: its cost grows with the square of their number."""
 
 
 class Selector:
@@ -297,7 +291,7 @@ class Selector:
         self._scaled = False
         self._equal_mass = True
         self._decided: Decided | None = None
-        self._uncovered_proved = False
+        self._writer = Writer(self._recorder, scales_uncovered=uncovered == "scale")
         self._g: dict[Parameter, Tensor] | None = None  # the target gradient of this window
         self._early: dict[Parameter, Tensor] | None = None  # the same, where it was needed before the backward
         self._before = self._snapshot()
@@ -493,14 +487,17 @@ class Selector:
         return decided
 
     def _decide_window(self) -> Decided:
+        step = self._coming_step()
         if self._recorder.window.alignment is not None:
-            decided = self._decide_beyond_cap()
+            decided = decide_beyond_cap(step)
         elif self.granularity == "token":
-            decided = self._decide_tokens()
+            decided = decide_tokens(step)
         else:
-            decided = self._decide_samples()
+            decided = decide_samples(step)
         selection = decided.selection
-        if selection.status != Status.OVERFLOW:
+        if selection.status == Status.OVERFLOW:
+            self._restore(self._before)
+        else:
             self._step += 1
             selection.diagnostics["step"] = self._step
             if is_idle(self.optimizer):
@@ -508,186 +505,30 @@ class Selector:
                 decided = decided._replace(selection=replace(selection, predicted_drop=0.0))
         return decided
 
-    def _decide_samples(self, absent: Sequence[int] = ()) -> Decided:
-        """The usual way: everything was kept, and b and K are measured on all candidates."""
-        contributions = self._recorder.contributions()
-        geometry = self._geometry()
-        if self.curvature is not None:
-            self.curvature.observe(contributions, self._recorder.parameters)
-        try:
-            measurement = self._measure(contributions, geometry)
-        except NonFiniteError:
-            # Under a GradScaler overflow is routine: the scaler must see it, skip the step and back off.
-            if not (self._scaled and self._overflows(contributions)):
-                raise
-            return self._overflow(contributions, geometry)
-        if self._scaled and measurement.excluded:
-            return self._overflow(contributions, geometry)
-        contributions = contributions.without(measurement.excluded)
-        if self.policy.solver.needs_gram:
-            # A candidate without gradient (all its labels masked) would take weight from the others for nothing.
-            idle = (measurement.true.gram.diagonal() == 0).nonzero().flatten().tolist()
-            if len(idle) + len(measurement.excluded) < contributions.count:
-                absent = sorted({*absent, *idle} - {*measurement.excluded})
-        drawn = self._generator.get_state()
-        extras = self._extra_columns()
-        selection = self.policy.decide(
-            measurement, geometry, self._mass(), self._generator, absent=absent, extras=extras
+    def _coming_step(self) -> Step:
+        rate = max((float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr")), default=0.0)
+        names = self._extras[0] if self._extras else {}
+        given = {name: [entry for block in self._extras for entry in block[name]] for name in names}
+        return Step(
+            recorder=self._recorder,
+            optimizer=self.optimizer,
+            preconditioner=self.preconditioner,
+            policy=self.policy,
+            target=self._target(),
+            further=self.target.gradients if isinstance(self.target, Targets) else (),
+            names=self.target.names if isinstance(self.target, Targets) else (),
+            geometry=self._geometry(),
+            reference=self.reference,
+            mass=torch.cat(self._masses),
+            extras={"learning_rate": [rate] * self._recorder.count, **given},
+            generator=self._generator,
+            curvature=self.curvature,
+            relinearise=self.relinearise,
+            scaled=self._scaled,
+            early=self._early is not None,
+            uncovered=self._writer.uncovered,
+            proved=self._writer.proved,
         )
-        total = None
-        if self.relinearise and geometry != "vanilla" and len(selection.indices):
-            # Where the chosen have no gradient the pool's stands in: nothing known there would mean an enormous M.
-            used, pool = contributions.combine(selection.weights), contributions.combine()
-            total = {p: torch.where(used[p] == 0, pool[p], used[p]) for p in used}
-            again = self._measure(contributions, geometry, total, "pool")
-            again.excluded = measurement.excluded
-            self._generator.set_state(drawn)
-            selection = self.policy.decide(again, geometry, self._mass(), self._generator, absent=absent, extras=extras)
-        if isinstance(self.target, Targets):
-            drops = selection.diagnostics["predicted_drops"]
-            selection.diagnostics["predicted_drops"] = dict(zip(self.target.names, drops, strict=True))
-        if contributions.error is not None:
-            selection.diagnostics["sketch_error"] = contributions.error
-        return Decided(selection, contributions, total=total)
-
-    def _decide_beyond_cap(self) -> Decided:
-        """Alignments are all that is left of the pool: the best are run again, and measured on their own."""
-        window, geometry = self._recorder.window, self._geometry()
-        alignment = window.alignments()
-        faulty = (~torch.isfinite(alignment)).nonzero().flatten().tolist()
-        if faulty and (self._scaled or len(faulty) == len(alignment)):
-            if not self._scaled:
-                raise NonFiniteError(
-                    f"all {len(alignment)} candidates of the pool have NaN or infinite contributions; there is nothing "
-                    "to select; lower the learning rate or look at the loss."
-                )
-            return self._overflow(None, geometry)
-        # As in `_decide_samples`: without gradient, a candidate would take weight from the others.
-        absent = sorted({*faulty, *(window.unreached() if self.policy.solver.needs_gram else ())})
-        absent = faulty if len(absent) == len(alignment) else absent
-        members = self.policy.choose(alignment, self._mass(), self._generator, absent).sort().values
-        if len(members):
-            decided = self._decide_survivors(members, alignment, absent, geometry)
-        else:
-            scores = Scores(alignment, alignment, float("nan"))
-            decided = Decided(self.policy.share_equally(members, scores, geometry, self._mass(), absent), None, members)
-        decided.selection.diagnostics.update(
-            alignment=alignment,
-            quarantined=faulty,
-            replayed=members.tolist(),
-            geometry=geometry,
-            kept_bytes=window.ledger.peak,
-        )
-        return decided
-
-    def _decide_survivors(self, members: Tensor, alignment: Tensor, absent: Sequence[int], geometry: str) -> Decided:
-        """Weights of the members, which are run again, and their gradient where contributions cannot be kept."""
-        recorder, policy = self._recorder, self.policy
-        uncovered = [p for p in recorder.uncovered if self.uncovered == "scale"]
-        if not uncovered or self._uncovered_proved:  # else all rows are needed once more, for the proof
-            recorder.window.keep_outputs_of(members)
-
-        def measured(contributions: Contributions) -> Measurement:
-            # At a parameter's first step the direction was made with g as reference; so is this.
-            return self._measure(contributions, geometry, self._early)
-
-        if policy.filter.needs_gram or policy.solver.needs_gram:
-            survivors = read_survivors(recorder, members, measured)
-            self._check_replay(survivors.alignment, alignment[members])
-        else:
-            survivors = sum_survivors(recorder, members, measured, uncovered)
-            known = alignment[members]
-            self._check_replay(survivors.alignment, known.sum()[None], float(known.abs().sum()))
-        policy = policy if policy.filter.needs_gram else replace(policy, filter=All())
-        selection = policy.decide(
-            survivors.measurement,
-            geometry,
-            self._mass(),
-            self._generator,
-            members=members,
-            absent=absent,
-            extras=self._extra_columns(),
-        )
-        selection.diagnostics["replays"] = survivors.replays
-        if survivors.error is not None:
-            selection.diagnostics["sketch_error"] = survivors.error
-        if survivors.contributions is not None:
-            return Decided(selection, survivors.contributions, members)
-        weights, total = selection.weights[members], survivors.total
-        if total is not None:
-            selection.diagnostics["kkt_residual"] = float("nan")  # of an objective that has no K
-            if bool((weights == weights[0]).all()):
-                gradient = {p: each.mul_(float(weights[0])) for p, each in total.items()}
-                return Decided(selection, None, members, gradient=gradient)
-        gradient = weigh_survivors(recorder, selection.weights, uncovered)
-        shares = weights * alignment[members]
-        found = along(recorder, {p: each for p, each in gradient.items() if p in recorder.parameters})
-        self._check_replay(torch.tensor([found], dtype=torch.float64), shares.sum()[None], float(shares.abs().sum()))
-        selection.diagnostics["replays"] += 1
-        return Decided(selection, None, members, gradient=gradient)
-
-    def _decide_tokens(self) -> Decided:
-        """Tokens are scored by alignment; K is formed only for those that a solver needs it for."""
-        contributions, geometry = self._recorder.contributions(), self._geometry()
-        target, residual = self._target(), self._recorder.residual
-        parts = self.optimizer, self.preconditioner, target, residual
-        scores = score(contributions, *parts, geometry, self.reference)
-        total = scores.total if self.reference == "pool" else None
-        finite = torch.isfinite(scores.alignment)
-        if not bool(finite.all()):
-            if self._scaled:
-                return self._overflow(contributions, geometry)
-            raise NonFiniteError(
-                f"{int((~finite).sum())} tokens have NaN or infinite contributions, and through attention they are in "
-                "every gradient of their rows; discard() the step, or use granularity='sample', which drops the row."
-            )
-        # Padding, and tokens behind the last label, carry no gradient: they are not on offer.
-        absent = (~contributions.reached()).nonzero().flatten().tolist()
-        if len(absent) == len(finite):
-            absent = []
-        if self.policy.filter.needs_gram:
-            _refuse_large_gram(len(finite) - len(absent), f"filter {type(self.policy.filter).__name__}")
-            decided = self._decide_samples(absent)
-        else:
-            chosen = self.policy.choose(scores.alignment, self._mass(), self._generator, absent)
-            if self.policy.solver.needs_gram and len(chosen):
-                _refuse_large_gram(len(chosen), f"solver {type(self.policy.solver).__name__}")
-                members = contributions.only(chosen)
-                measurement = measure(members, *parts, geometry, self.reference, total)
-                policy = replace(self.policy, filter=All())
-                selection = policy.decide(
-                    measurement, geometry, self._mass(), self._generator, members=chosen, absent=absent
-                )
-                selection.diagnostics["alignment"] = scores.alignment
-                decided = Decided(selection, contributions)
-            else:
-                selection = self.policy.share_equally(chosen, scores, geometry, self._mass(), absent)
-                combined = contributions.combine(selection.weights)
-                bend = curvature(combined, *parts, self.reference, total)
-                selection.diagnostics["curvature"] = bend
-                drop = selection.diagnostics["first_order"] - bend
-                decided = Decided(replace(selection, predicted_drop=drop), contributions)
-        shapes = {tuple(f.layout.owner.shape) for f in self._recorder.window.forwards if f.layout.owner is not None}
-        if len({shape[1] for shape in shapes}) == 1:
-            decided.selection.diagnostics["token_alignment"] = scores.alignment.view(-1, shapes.pop()[1])
-        return decided
-
-    def _overflow(self, contributions: Contributions | None, geometry: str) -> Decided:
-        self._restore(self._before)
-        return Decided(self.policy.overflow(self._recorder.count, geometry), contributions)
-
-    def _check_replay(self, found: Tensor, expected: Tensor, size: float | None = None) -> None:
-        """What was run again must be what was recorded: dropout, aux losses and the like would show here."""
-        gap, size = float((found - expected).abs().max()), float(expected.abs().max()) if size is None else size
-        if not gap <= min(1e4 * self._recorder.precision, 0.05) * size:
-            raise RecordingError(
-                f"the chosen candidates were run again and came out different: alignments differ by {gap:.3g} of "
-                f"{size:.3g}; the forward must be a function of its inputs and of torch's random state, and the loss "
-                "of the model's logits alone; raise memory_cap so that nothing is run again, or use LoRA."
-            )
-
-    def _overflows(self, contributions: Contributions) -> bool:
-        return bool(contributions.nonfinite_candidates()) or not all_finite(self._recorder.residual.values())
 
     def _snapshot(self) -> Snapshot:
         curvature = None if self.curvature is None else self.curvature.snapshot()
@@ -711,15 +552,6 @@ class Selector:
             self._restore(self._before)
             self._early, self._recorder.direction = None, None
 
-    def _mass(self) -> Tensor:
-        return torch.cat(self._masses)
-
-    def _extra_columns(self) -> dict[str, list[Any]]:
-        names = self._extras[0] if self._extras else {}
-        columns = {name: [entry for block in self._extras for entry in block[name]] for name in names}
-        rate = max((float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr")), default=0.0)
-        return {"learning_rate": [rate] * self._recorder.count, **columns}
-
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
         if self._early is not None:
@@ -729,17 +561,6 @@ class Selector:
             with self._recorder.autocast():
                 self._g = self.target.gradient(self.model, names)
         return self._g
-
-    def _measure(
-        self,
-        contributions: Contributions,
-        geometry: str,
-        total: Mapping[Parameter, Tensor] | None = None,
-        reference: str | None = None,
-    ) -> Measurement:
-        parts = self.optimizer, self.preconditioner, self._target(), self._recorder.residual
-        further = self.target.gradients if isinstance(self.target, Targets) else ()
-        return measure(contributions, *parts, geometry, reference or self.reference, total, self.curvature, further)
 
     def _geometry(self) -> str:
         """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
@@ -782,28 +603,8 @@ class Selector:
         if selection.status == Status.OVERFLOW or not (watched or self._trust_region):
             return
         written = [p.grad / self._loss_scale for p in self._recorder.parameters if p.grad is not None]
-        displacement = self._displacement(decided) if watched else None
+        displacement = displacement_of(self._coming_step(), decided) if watched else None
         self._watcher.expect(Expectation(selection, self.policy.trust, total_norm(written), displacement))
-
-    def _displacement(self, decided: Decided) -> Callable[[Mapping[Parameter, Tensor]], dict[Parameter, Tensor]]:
-        """Gradient -> displacement, under the M that the decision was made with."""
-        g, reference, total = self._target(), self.reference, decided.total
-        if total is not None:
-            reference = "pool"
-        elif decided.members is not None:
-            total = self._early
-        elif reference != "target" and decided.contributions is not None:
-            total = decided.contributions.combine()
-        if total is not None:
-            rest = self._recorder.residual
-            total = {**rest, **{p: known + rest[p] if p in rest else known for p, known in total.items()}}
-
-        def predict(gradient: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-            known = [p for p in gradient if total is None or p in total]
-            coming = updates(known, self.optimizer, self.preconditioner, g, reference, total)
-            return {p: -update.sign * (update.offset + update.scale.apply(gradient[p])) for p, _, update in coming}
-
-        return predict
 
     def _target_loss(self) -> float:
         with self._recorder.autocast():
@@ -818,75 +619,21 @@ class Selector:
 
     def _write(self, decided: Decided) -> None:
         selection = decided.selection
-        uncovered = [p for p in self._recorder.uncovered if self.uncovered == "scale"]
         recorded = list(self._recorder.parameters)
         gradients: dict[Parameter, Tensor | None]
         if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
-            gradients = dict.fromkeys([*recorded, *uncovered])
+            gradients = dict.fromkeys([*recorded, *self._writer.uncovered])
         elif (
             selection.status == Status.OVERFLOW and decided.contributions is None
         ):  # an overflow beyond the memory cap: the scaler must see one
             gradients = {p: torch.full_like(p, float("inf")) for p in recorded}
         else:
-            gradients = dict(self._combine(decided, uncovered))
+            gradients = dict(self._writer.combine(decided, self._loss_scale, self._scaled))
         for p, gradient in gradients.items():
             if gradient is None or p.grad is None:
                 p.grad = gradient
             else:
                 p.grad.copy_(gradient)
-
-    def _combine(self, decided: Decided, uncovered: list[Parameter]) -> dict[Parameter, Tensor]:
-        selection, contributions, members = decided[:3]
-        combined: dict[Parameter, Tensor] = {}
-        if decided.gradient is not None:
-            combined = {p: gradient for p, gradient in decided.gradient.items() if p in self._recorder.parameters}
-        elif contributions is not None:
-            combined = contributions.combine(selection.weights if members is None else selection.weights[members])
-        for p in self._recorder.window.touched - combined.keys():  # reached by candidates that were not chosen
-            combined[p] = torch.zeros_like(p)
-        owned = {p: g * self._loss_scale for p, g in combined.items()} if uncovered else {}
-        for p, rest in self._recorder.residual.items():
-            combined[p] = combined[p] + rest if p in combined else rest
-        if self._loss_scale != 1.0:
-            combined = {p: g * self._loss_scale for p, g in combined.items()}
-        if uncovered:
-            combined |= self._replay_uncovered(decided, owned, uncovered)
-        if selection.status != Status.OVERFLOW and not self._scaled and not all_finite(combined.values()):
-            raise NonFiniteError(
-                "the weighted gradient overflows although every chosen contribution is finite; it was not written; "
-                "discard() this step, and lower the loss or the cap."
-            )
-        return combined
-
-    def _replay_uncovered(
-        self, decided: Decided, owned: Mapping[Parameter, Tensor], uncovered: list[Parameter]
-    ) -> dict[Parameter, Tensor]:
-        """The weighted gradient of parameters without a rule, once it is shown that the rerun can be trusted."""
-        selection = decided.selection
-        if not self._uncovered_proved:
-            # With all weights 1 it must be what the trainer's backward made: no other output, no penalty.
-            ones = torch.ones_like(selection.weights)
-            made = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in uncovered}
-            self._require_same(replay_gradients(self._recorder, ones, uncovered), made)
-            self._uncovered_proved = bool(all_finite(made.values()))
-        if decided.gradient is not None:
-            return {p: decided.gradient[p] * self._loss_scale for p in uncovered}
-        gradients = replay_gradients(self._recorder, selection.weights, [*uncovered, *owned])
-        if selection.status != Status.OVERFLOW:
-            self._require_same({p: gradients[p] for p in owned}, owned)
-        return {p: gradients[p] for p in uncovered}
-
-    def _require_same(self, found: Mapping[Parameter, Tensor], expected: Mapping[Parameter, Tensor]) -> None:
-        size = max((float(g.norm()) for g in expected.values()), default=0.0)
-        for p, value in expected.items():
-            gap = float((found[p] - value).norm())
-            if gap > min(1e4 * max(self._recorder.precision, torch.finfo(p.dtype).eps), 0.05) * size:
-                raise RecordingError(
-                    f"uncovered='scale' runs the chosen rows again, and a gradient of shape {tuple(p.shape)} came out "
-                    f"different: by {gap:.3g} of {size:.3g}; the loss must depend on the model through its logits "
-                    "(or its first output with rows) alone, without penalties on parameters; choose "
-                    "uncovered='ignore', or functional=[...] for the module."
-                )
 
     def _clear(self) -> None:
         self._recorder.clear()
@@ -924,16 +671,6 @@ class Snapshot(NamedTuple):
     curvature: Any
 
 
-class Decided(NamedTuple):
-    """A step that is decided and not yet written."""
-
-    selection: Selection
-    contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
-    members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
-    total: Mapping[Parameter, Tensor] | None = None  # the reference gradient, where it is not the pool's
-    gradient: Mapping[Parameter, Tensor] | None = None  # sum_i w_i c_i, where a second backward has formed it
-
-
 def _refuse_whole_window(curvature: Any, relinearise: bool, other: str) -> None:
     given = "relinearise=True" if relinearise else None if curvature == "optimizer" else f"curvature={curvature!r}"
     if given is not None:
@@ -949,14 +686,6 @@ def _warn_of_processes(size: int) -> None:
             f"the selector runs in one of {size} processes and knows its own alone: apply() reduces nothing; record "
             "inside no_sync() and average p.grad over the processes after apply(), or they will diverge.",
             stacklevel=3,
-        )
-
-
-def _refuse_large_gram(count: int, who: str) -> None:
-    if count > TOKEN_GRAM:
-        raise ConfigurationError(
-            f"{who} needs the Gram of {count} tokens; up to {TOKEN_GRAM} are formed with granularity='token'; use "
-            "filter='topk' and solver='uniform', which need alignments alone, or a smaller budget."
         )
 
 

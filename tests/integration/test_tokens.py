@@ -119,7 +119,7 @@ def test_greedy_on_few_tokens() -> None:
 
 
 def test_a_gram_of_too_many_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftw.selector.TOKEN_GRAM", 10)
+    monkeypatch.setattr("ftw.routes.TOKEN_GRAM", 10)
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     selector = selector_for(model, optimizer, budget=0.5)
