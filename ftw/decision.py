@@ -28,9 +28,6 @@ ConstraintMaker = Callable[[Tensor, int], ConstraintSet]
 
 TOTALS = ("preserve", "at_most")
 
-SEVERAL = ("mean", "worst", "no_harm")
-"""What several targets are to be; see `Selector`."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -48,7 +45,6 @@ class Policy:
     objective: str
     trust: float
     total: str
-    targets: str = "mean"
 
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
@@ -60,7 +56,6 @@ class Policy:
                 "function of (mass of the chosen, n) that returns one; make an instance."
             )
         one_of("total", self.total, TOTALS)
-        one_of("targets", self.targets, SEVERAL)
         _check_budget(self.budget)
         at_least("ridge", self.ridge, 0.0)
         if not self.trust > 0:

@@ -55,10 +55,9 @@ class Selector:
         model: called by the training loop; its inputs' leading dimension is the candidates'.
         optimizer: the one whose `step()` follows `apply()`, or accelerate's or Lightning's wrapper of it. Its trainable
             parameters are recorded.
-        target: iterable of batches of the target set, or a `Target`; or a mapping of names to several of them.
-        targets: what several targets are to be: "mean" (their weighted mean is the target), "worst" (raise the utility
-            of the one that gains least) or "no_harm" (the mean, but no target may lose at first order).
-        target_weights: name -> share in the mean; default: equal.
+        target: iterable of batches of the target set, or a `Target`; or a mapping of names to several of them, whose
+            weighted mean is then the target. Predicted drops are reported for each (`diagnostics["predicted_drops"]`).
+        target_weights: name -> share in that mean; default: equal.
         loss_fn: loss of a target batch, `loss_fn(model, batch) -> ()`; default `model(**batch).loss`.
         budget: k; an int, or a float in (0, 1] for a fraction of the pool (rounded, at least 1). A pool smaller than
             an int budget keeps all its candidates.
@@ -126,7 +125,6 @@ class Selector:
         optimizer: Optimizer,
         *,
         target: Iterable[Any] | Target | Mapping[str, Iterable[Any] | Target],
-        targets: str = "mean",
         target_weights: Mapping[str, float] | None = None,
         loss_fn: LossFunction | None = None,
         budget: float = 0.25,
@@ -206,10 +204,10 @@ class Selector:
             )
         self.target: Target | Targets
         several = isinstance(target, Mapping) and not all(isinstance(each, Tensor) for each in target.values())
-        if not several and (targets != "mean" or target_weights is not None):
+        if not several and target_weights is not None:
             raise ConfigurationError(
-                f"targets={targets!r} and target_weights={target_weights} were given with a single target; they say "
-                "what becomes of several; pass target={'name': batches, ...}."
+                f"target_weights={target_weights} were given with a single target; they weigh several; pass "
+                "target={'name': batches, ...}."
             )
         if several and (granularity == "token" or memory_cap is not None):
             raise ConfigurationError(
@@ -241,7 +239,6 @@ class Selector:
             objective=objective,
             trust=trust.initial if isinstance(trust, TrustRegion) else trust,
             total=total,
-            targets=targets,
         )
         self.geometry = geometry
         self.warmup = warmup

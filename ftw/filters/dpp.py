@@ -111,14 +111,14 @@ _NOTHING_NEW = 1e-10
 
 
 def _eigen(problem: SelectionProblem, scale: Vector) -> tuple[Vector, Matrix]:  # (m,), (n, m), m = rank(L)
-    """Eigenvalues above rounding and eigenvectors of L."""
+    """Eigenvalues above rounding and eigenvectors of L, of any length."""
     if not scale.size:
         return scale, np.zeros((0, 0))
     if problem.factor is not None and problem.factor.shape[1] < scale.size:
         B = scale[:, None] * problem.factor.numpy()  # L = B B'
         values, vectors = np.linalg.eigh(B.T @ B)
         kept = values > scale.size * EPSILON * values.max(initial=0.0)
-        return values[kept], B @ (vectors[:, kept] / np.sqrt(values[kept]))
+        return values[kept], B @ vectors[:, kept]
     values, vectors = np.linalg.eigh(scale[:, None] * problem.full_gram.numpy() * scale)
     kept = values > scale.size * EPSILON * values.max()
     return values[kept], vectors[:, kept]
@@ -144,7 +144,7 @@ def _eigenvectors_drawn(values: Vector, count: int, draws: Vector) -> list[int]:
 
 def _items_drawn(vectors: Matrix, draws: Vector) -> list[int]:  # vectors: (n, q), draws: (q,)
     """Items of the projection process on the span of q eigenvectors, exactly q of them."""
-    basis = np.linalg.qr(vectors)[0] if vectors.size else vectors
+    basis = np.linalg.qr(vectors)[0] if vectors.size else vectors  # orthonormal to the last digit
     remainder = (basis * basis).sum(1)
     rows = np.zeros((draws.size, len(vectors)))
     chosen: list[int] = []
