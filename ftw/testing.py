@@ -261,12 +261,13 @@ def _few_values(n: int, seed: int) -> Tensor:  # (n,) float64
 
 def _assert_column_missed(what: str, filter: Filter, problem: SelectionProblem, name: str) -> None:
     for run in (lambda: filter.require_columns(problem.extras), lambda: filter(problem)):
+        said = None
         try:
             run()
         except ConfigurationError as error:
-            assert name in str(error), f"{what}: the error without the column {name!r} does not name it: {error}"
-        else:
-            raise AssertionError(f"{what}: the column {name!r} is in `columns`, but runs without it")
+            said = str(error)
+        assert said is not None, f"{what}: the column {name!r} is in `columns`, but runs without it"
+        assert name in said, f"{what}: the error without the column {name!r} does not name it: {said}"
 
 
 def _source(gram: Tensor):  # type: ignore[no-untyped-def]  # a GramSource
