@@ -143,9 +143,10 @@ PRESETS: Mapping[str, Preset] = {
         ),
         _rival(
             "tagcos",
-            "clusters of contributions, the best aligned of each",
-            "Zhang et al. 2024, TAGCOS, at every step",
+            "clusters of contributions, each approximated by matching pursuit; blind to the target",
+            "Zhang et al. 2024, TAGCOS, at every step; Ward's clusters, equal weights",
             filter="cluster",
+            filter_options={"within": "omp", "towards": "centroid"},
         ),
         _rival("max_loss", "the k largest losses", "baseline", filter="max_loss", needs=("loss",)),
         _rival("grad_norm", "the k longest gradients", "baseline", geometry="vanilla", filter="grad_norm"),

@@ -38,6 +38,9 @@ def test_three_stages_and_their_ties():
     problem = SelectionProblem(None, torch.zeros(9), 2, extras={"loss": [1, 1, 5, 5, 5, 5, 1, 1, 5]})
     assert Chain([MaxLoss, TopK, "threshold"], [3, 2.0])(problem).tolist() == []
     assert Chain([MaxLoss, TopK, TopK], [4, 1.5])(problem).tolist() == [2, 3]
+    # Equal for the last filter: by position in the pool, not by what an earlier filter thought.
+    problem = SelectionProblem(None, torch.zeros(4), 1, extras={"loss": [1, 2, 3, 4]})
+    assert Chain([MaxLoss, TopK], [3])(problem).tolist() == [1]
 
 
 def test_a_chain_forms_no_more_of_k_than_its_dear_filter_reads():

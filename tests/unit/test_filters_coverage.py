@@ -105,6 +105,20 @@ def test_clusters_are_those_of_k_means_and_send_in_proportion(source):
         assert kind[index].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 0]  # in turn, the larger cluster first
 
 
+def test_clusters_of_a_gram_and_of_its_factor_are_the_same():
+    for seed in range(10):
+        C, problem = pool(40, 4, seed, budget=12)
+        by_factor = SelectionProblem(factor=torch.from_numpy(C), alignment=problem.alignment, budget=12)
+        for clusters in (3, 8):
+            assert Cluster(clusters)(problem).tolist() == Cluster(clusters)(by_factor).tolist()
+        # Everyone twice: a distance of 0 whose square rounds to either side of it.
+        twice = torch.from_numpy(np.concatenate([C, C]) * 0.1)
+        b = torch.cat([problem.alignment, problem.alignment - 10])
+        K = twice @ twice.T * (1 + 1e-15 * (1 - torch.eye(80, dtype=torch.float64)))
+        index = Cluster(8)(SelectionProblem(K, b, 24)).tolist()
+        assert index == Cluster(8)(SelectionProblem(factor=twice, alignment=b, budget=24)).tolist()
+
+
 def test_cluster_with_omp_towards_centroids_is_tagcos():
     """Within each cluster an orthogonal matching pursuit to the cluster's mean (Zhang et al. 2024)."""
     for seed in range(10):

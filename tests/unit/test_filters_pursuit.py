@@ -74,6 +74,30 @@ def test_a_factor_of_rank_r_needs_no_more_than_r_candidates():
     assert np.linalg.norm(C[:, index] @ weights - g) <= 1e-9 * np.linalg.norm(g)
 
 
+def test_greedy_with_room_for_all_ends_at_the_non_negative_optimum():
+    """Whom it dropped on the way it takes up again where the optimum has them: else it would end above."""
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        n, d = int(rng.integers(2, 13)), int(rng.integers(2, 8))
+        C, g = rng.integers(-3, 4, (d, n)).astype(float), rng.integers(-3, 4, d).astype(float)
+        index = Greedy()(posed(C, g, n)).numpy()
+        left = nnls(C[:, index], g)[1] if len(index) else np.linalg.norm(g)
+        assert left == pytest.approx(nnls(C, g)[1], abs=1e-9)
+
+
+def test_greedy_passes_over_what_is_rounding_and_takes_what_is_not():
+    """Candidate 1 helps as 0 does, 1e-8 as long: what 0 leaves of it is rounding, and of 2 a small but true part."""
+    rng = np.random.default_rng(0)
+    rounding = 0
+    for _ in range(50):
+        length, short = rng.uniform(0.5, 2, 2) * (1.0, 1e-8)
+        C = np.array([[length, short, 0.0], [0.0, 0.0, 1.0], [0.0, 0.3 * short, 0.0]])
+        K, b = C.T @ C, C.T @ np.array([1.0, 1e-17, 0.0])
+        rounding += b[1] - K[0, 1] * (b[0] / K[0, 0]) > 0
+        assert Greedy()(SelectionProblem(torch.from_numpy(K), torch.from_numpy(b), 3)).tolist() == [0, 2]
+    assert rounding
+
+
 def best_drop(C, g, index):
     """max b'w - 1/2 w'Kw over w >= 0 on the index, as a fall of 1/2 ||C w - g||^2."""
     return (g @ g - nnls(C[:, index], g)[1] ** 2) / 2 if len(index) else 0.0
@@ -163,6 +187,8 @@ def test_omp_with_signed_weights_takes_what_points_away():
 def test_omp_finds_nothing_where_there_is_nothing():
     for K, b in ((torch.zeros(3, 3), torch.ones(3)), (torch.eye(3), torch.zeros(3)), (torch.eye(3), -torch.ones(3))):
         assert OMP()(SelectionProblem(K, b, 2)).tolist() == []
+    unmoved = SelectionProblem(torch.diag(torch.tensor([0.0, 1.0])), torch.tensor([5.0, 1.0]), 2)
+    assert OMP()(unmoved).tolist() == OMP(signed=True)(unmoved).tolist() == [1]
 
 
 @pytest.mark.parametrize("options", [{"ridge": -1.0}, {"tolerance": -1e-3}, {"ridge": float("nan")}])

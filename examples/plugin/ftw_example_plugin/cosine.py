@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ class Cosine(Filter):
     non-negative weight makes them useful.
     """
 
-    needs_gram: ClassVar[bool] = True  # K_ii is read of the whole pool
+    needs_gram = True  # K_ii is read of the whole pool
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
         length = problem.full_gram.diagonal().clamp_min(0).sqrt()
