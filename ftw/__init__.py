@@ -4,6 +4,7 @@ from ftw import errors, filters, gradients, optim_state, registry, solvers
 from ftw.errors import FtwError
 from ftw.gradients.layout import packed_candidates
 from ftw.problem import Selection, SelectionProblem, Solution, Status
+from ftw.quotas import WeightQuota
 from ftw.selector import Selector
 from ftw.target import Target
 
@@ -15,6 +16,7 @@ __all__ = [
     "Solution",
     "Status",
     "Target",
+    "WeightQuota",
     "errors",
     "filters",
     "gradients",

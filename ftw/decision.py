@@ -19,14 +19,20 @@ from ftw.errors import ConfigurationError, FilterError, SolverError
 from ftw.filters.base import Filter
 from ftw.measurement import Measurement
 from ftw.problem import Selection, SelectionProblem, Solution, Status
+from ftw.quotas import WeightQuota
 from ftw.scoring import Scores
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import ConstraintSet
+from ftw.solvers.linear_sets import NoHarm
+from ftw.solvers.worst_case import solve_worst_case
 
 ConstraintMaker = Callable[[Tensor, int], ConstraintSet]
 """`(mass of the chosen candidates (m,), n) -> set of weights`: for sets that depend on the pool."""
 
 TOTALS = ("preserve", "at_most")
+
+SEVERAL = ("mean", "worst", "no_harm")
+"""What several targets are to be; see `Selector`."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,13 @@ class Policy:
 
     filter: Filter
     solver: WeightSolver
-    constraints: ConstraintSet | ConstraintMaker
+    constraints: ConstraintSet | ConstraintMaker | WeightQuota
     budget: float
     ridge: float
     objective: str
     trust: float
     total: str
+    targets: str = "mean"
 
     def __post_init__(self) -> None:
         one_of("objective", self.objective, OBJECTIVES)
@@ -56,6 +63,12 @@ class Policy:
                 "function of (mass of the chosen, n) that returns one; make an instance."
             )
         one_of("total", self.total, TOTALS)
+        one_of("targets", self.targets, SEVERAL)
+        if self.targets != "mean" and not self.solver.needs_gram:
+            raise ConfigurationError(
+                f"targets={self.targets!r} was given with {type(self.solver).__name__}, whose weights follow a rule of "
+                "their own; choose a solver that minimises, such as 'pgd', or targets='mean'."
+            )
         _check_budget(self.budget)
         at_least("ridge", self.ridge, 0.0)
         if not self.trust > 0:
@@ -225,9 +238,18 @@ class Policy:
         gram = gram + self.ridge * (gram.trace() / m) * torch.eye(m, dtype=gram.dtype)
         assert problem.mass is not None
         allowed = self.constraints
-        if not isinstance(allowed, ConstraintSet):
+        if isinstance(allowed, WeightQuota):
+            labels = problem.extra(allowed.column, "WeightQuota")
+            allowed = allowed(problem.mass[chosen], count, [labels[i] for i in chosen.tolist()])
+        elif not isinstance(allowed, ConstraintSet):
             allowed = allowed(problem.mass[chosen], count)
-        solution = self.solver.solve(gram, problem.alignment[chosen], allowed)
+        solution: Solution
+        if problem.alignments is not None and self.targets == "worst":
+            solution = solve_worst_case(gram, problem.alignments[chosen], allowed, self.solver)
+        else:
+            if problem.alignments is not None and self.targets == "no_harm":
+                allowed = NoHarm(allowed, problem.alignments[chosen])
+            solution = self.solver.solve(gram, problem.alignment[chosen], allowed)
         if solution.weights.shape != (m,) or not bool(torch.isfinite(solution.weights).all()):
             raise SolverError(
                 f"{type(self.solver).__name__} returned weights of shape {tuple(solution.weights.shape)}, finite or "

@@ -35,6 +35,7 @@ from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.optim_state.wrappers import unwrapped
 from ftw.problem import Selection, Status
+from ftw.quotas import WeightQuota
 from ftw.routes import Decided, Step, decide_beyond_cap, decide_samples, decide_tokens, displacement_of
 from ftw.scoring import directions
 from ftw.solvers.base import WeightSolver
@@ -56,7 +57,10 @@ class Selector:
         optimizer: the one whose `step()` follows `apply()`, or accelerate's or Lightning's wrapper of it. Its trainable
             parameters are recorded.
         target: iterable of batches of the target set, or a `Target`; or a mapping of names to several of them, whose
-            weighted mean is then the target. Predicted drops are reported for each (`diagnostics["predicted_drops"]`).
+            predicted drops are then reported one by one (`diagnostics["predicted_drops"]`).
+        targets: what several targets are to be: "mean" (their weighted mean is the target), "worst" (the weights raise
+            the utility of the one that gains least) or "no_harm" (the mean, with weights under which no target loses
+            at first order, offset aside). The filter goes by the mean.
         target_weights: name -> share in that mean; default: equal.
         loss_fn: loss of a target batch, `loss_fn(model, batch) -> ()`; default `model(**batch).loss`.
         budget: k; an int, or a float in (0, 1] for a fraction of the pool (rounded, at least 1). A pool smaller than
@@ -67,8 +71,8 @@ class Selector:
         gradients: extractor: "auto", "full", "lora", "factorized", "projection", a class or an instance.
         preconditioner: "auto" (by the optimizer's type), a name, a class or an instance.
         filter, solver: a name (`ftw list` shows them), a class or an instance.
-        constraints: set of weights that the solver minimises over, or a `ConstraintMaker`; default
-            `CappedCone(cap)`. Whatever the set, see `total`.
+        constraints: set of weights that the solver minimises over, a `ConstraintMaker`, or a `WeightQuota` for shares
+            by source; default `CappedCone(cap)`. Whatever the set, see `total`.
         cap: largest weight as a multiple of the chosen candidates' mean weight, 4 by default; goes with the default
             constraints only.
         ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default.
@@ -125,6 +129,7 @@ class Selector:
         optimizer: Optimizer,
         *,
         target: Iterable[Any] | Target | Mapping[str, Iterable[Any] | Target],
+        targets: str = "mean",
         target_weights: Mapping[str, float] | None = None,
         loss_fn: LossFunction | None = None,
         budget: float = 0.25,
@@ -133,7 +138,7 @@ class Selector:
         preconditioner: str | type[Preconditioner] | Preconditioner = "auto",
         filter: str | type[Filter] | Filter | None = None,
         solver: str | type[WeightSolver] | WeightSolver | None = None,
-        constraints: ConstraintSet | ConstraintMaker | None = None,
+        constraints: ConstraintSet | ConstraintMaker | WeightQuota | None = None,
         cap: float | None = None,
         ridge: float | None = None,
         geometry: str | None = None,
@@ -204,10 +209,10 @@ class Selector:
             )
         self.target: Target | Targets
         several = isinstance(target, Mapping) and not all(isinstance(each, Tensor) for each in target.values())
-        if not several and target_weights is not None:
+        if not several and (targets != "mean" or target_weights is not None):
             raise ConfigurationError(
-                f"target_weights={target_weights} were given with a single target; they weigh several; pass "
-                "target={'name': batches, ...}."
+                f"targets={targets!r} and target_weights={target_weights} were given with a single target; they say "
+                "what becomes of several; pass target={'name': batches, ...}."
             )
         if several and (granularity == "token" or memory_cap is not None):
             raise ConfigurationError(
@@ -239,6 +244,7 @@ class Selector:
             objective=objective,
             trust=trust.initial if isinstance(trust, TrustRegion) else trust,
             total=total,
+            targets=targets,
         )
         self.geometry = geometry
         self.warmup = warmup
@@ -327,6 +333,7 @@ class Selector:
         Raises:
             ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
         """
+        self.policy.filter.require_columns({"learning_rate", *(extras or {})})
         if self._decided is not None:  # select() ended that window
             self._clear()
         scaled = scaler is not None and scaler.is_enabled()

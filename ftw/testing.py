@@ -134,10 +134,12 @@ def ugly_problems(seed: int = 0, sizes: Sequence[int] = (0, 1, 2, 3, 8, 17)) -> 
 
 def constraint_sets(n: int) -> dict[str, ConstraintSet]:
     """Sets for n candidates, each kind loose, tight and with a mass; all feasible if n >= 1."""
-    from ftw.solvers import Box, CappedCone, CappedSimplex, Free, NonNegative, Simplex
+    from ftw.solvers import Box, CappedCone, CappedSimplex, Free, Linear, NoHarm, NonNegative, Quota, Simplex
 
     mass = torch.linspace(0.5, 1.5, n, dtype=torch.float64)
     mass = mass / mass.mean()
+    places = torch.arange(n, dtype=torch.float64)
+    sources = ["web" if i % 2 else "code" for i in range(n)]
     return {
         "free": Free(),
         "non_negative": NonNegative(),
@@ -152,6 +154,12 @@ def constraint_sets(n: int) -> dict[str, ConstraintSet]:
         "capped_cone": CappedCone(4.0),
         "capped_cone_third": CappedCone(max(1.0, n / 3)),
         "capped_cone_equal": CappedCone(1.0),
+        "plane": Linear(Free(), torch.ones(1, n), float(n), float(n)),
+        "band": Linear(Box(-1.0, 2.0), torch.stack((mass, places.cos())), -0.2 * n, 0.1 * n),
+        "quota": Quota(CappedSimplex(total=float(n), cap=2.0), sources, {"web": 0.4}),
+        "quota_mass": Quota(Simplex(float(n), mass), sources, {"web": 0.6}, {"code": 0.25}),
+        "quota_cone": Quota(CappedCone(4.0), sources, {"web": 0.5}, {"code": 0.1}),
+        "no_harm": NoHarm(CappedCone(4.0), torch.stack((places.cos(), (2 * places).sin()), 1)),
     }
 
 
@@ -252,7 +260,8 @@ def check_filter(filter: Filter, seed: int = 0) -> None:
 def _root(gram: Tensor) -> Tensor:  # (n, n)
     """F with `F F' = K` up to rounding."""
     values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 def _few_values(n: int, seed: int) -> Tensor:  # (n,) float64

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
 from ftw.problem import as_gram, as_vector
 from ftw.solvers.constraints import ConstraintSet
-from ftw.solvers.scaling import UnitProblem
+from ftw.solvers.gram import LowRank
+from ftw.solvers.scaling import Certificate, UnitProblem
 
 
 def kkt_residual(
-    gram: Tensor,  # K, (n, n)
+    gram: Tensor | LowRank,  # K, (n, n)
     alignment: Tensor,  # b, (n,)
     constraints: ConstraintSet,
     weights: Tensor,  # w, (n,)
@@ -40,15 +42,44 @@ def kkt_residual(
     Raises:
         ConfigurationError: shapes that do not fit, or a K or b that is not finite.
     """
+    return certify(gram, alignment, constraints, weights).kkt_residual
+
+
+def certify(
+    gram: Tensor | LowRank,  # K, (n, n)
+    alignment: Tensor,  # b, (n,)
+    constraints: ConstraintSet,
+    weights: Tensor,  # w, (n,)
+) -> Certificate:
+    """The residuals of w; all of them infinite if the set is empty or the weights are not finite.
+
+    With p = P(w - s g), g = Kw - b, and s, omega, gamma of `kkt_residual`, the multipliers that w implies are
+    `v = (w - p) / s - g`: the sum of all constraints' gradients, each times its multiplier, which is normal to the set
+    at p. Then
+
+        primal = ||w - P(w)|| / omega,   dual = ||g + v|| / gamma,   complementarity = |v'(w - p)| / (omega gamma)
+
+    The dual residual is the KKT residual's other face, `||w - p|| / omega`: s makes the two equal. v'(p - w) sums
+    multiplier times slack over all constraints, since p meets with equality all that have a multiplier.
+
+    Law, for w in the set and any w* that is optimal (f is the objective): `f(w) - f(w*) <= complementarity * omega *
+    gamma + dual * gamma * ||w - w*||`.
+
+    Args, Raises:
+        As for `kkt_residual`.
+    """
     b = as_vector("alignment", alignment)
-    K = as_gram(gram, b.numel())
+    K = gram if isinstance(gram, LowRank) else as_gram(gram, b.numel())
     w = weights.detach().to("cpu", b.dtype)
-    if w.shape != b.shape:
+    if w.shape != b.shape or (isinstance(K, LowRank) and len(K.factor) != len(b)):
         raise ConfigurationError(
             f"weights have shape {tuple(w.shape)}; ({b.numel()},) is needed to fit the alignment; "
             "pass one weight per candidate."
         )
-    if not constraints.feasible(b.numel()):
-        return math.inf
+    if not constraints.feasible(b.numel()) or not np.isfinite(w.numpy()).all():
+        return Certificate(math.inf, math.inf, math.inf, math.inf)
     problem = UnitProblem.of(K, b, constraints)
-    return problem.residual(w.numpy() / problem.unit)
+    return problem.certify(w.numpy() / problem.unit)
+
+
+__all__ = ["Certificate", "certify", "kkt_residual"]

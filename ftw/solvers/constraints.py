@@ -1,8 +1,8 @@
 """Sets of allowed weights. Made by the selector or the user, read by every weight solver.
 
 A set is told to a solver in two ways: by its exact Euclidean projection and as a polyhedron (bounds, equalities
-and, for the cone, a cap that moves with the total). A further linear constraint, such as a quota, fits the second
-form by a slack variable. The arithmetic is numpy's: at these sizes it has a third of torch's overhead.
+and, for the cone, a cap that moves with the total). Further linear constraints, such as quotas, are put on top of any
+of these sets in `linear_sets`. The arithmetic is numpy's: at these sizes it has a third of torch's overhead.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ class ConstraintSet(ABC):
     @abstractmethod
     def polyhedron(self, n: int) -> Polyhedron:
         """The same set as bounds and rows."""
+
+    def restricted(self, index: Tensor) -> ConstraintSet:  # (m,)
+        """The set for the candidates `index` alone, in their order; a total is then theirs.
+
+        For sets that say something of single candidates; the others hold for any of them.
+        """
+        return self
 
     def project(self, point: Tensor) -> Tensor:  # (n,) -> (n,) float64
         """As `project_array`, for a tensor.
@@ -124,6 +131,9 @@ class Box(ConstraintSet):
     def polyhedron(self, n: int) -> Polyhedron:
         return _bounds(_spread("lower", self.lower, n), _spread("upper", self.upper, n))
 
+    def restricted(self, index: Tensor) -> Box:
+        return Box(_pick(self.lower, index), _pick(self.upper, index))
+
 
 @dataclass(frozen=True, eq=False)
 class Simplex(ConstraintSet):
@@ -145,6 +155,9 @@ class Simplex(ConstraintSet):
 
     def polyhedron(self, n: int) -> Polyhedron:
         return _sum(np.full(n, math.inf), self.mass, self.total)
+
+    def restricted(self, index: Tensor) -> Simplex:
+        return Simplex(self.total, _pick(self.mass, index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +184,9 @@ class CappedSimplex(ConstraintSet):
 
     def polyhedron(self, n: int) -> Polyhedron:
         return _sum(_spread("cap", self.cap, n), self.mass, self.total)
+
+    def restricted(self, index: Tensor) -> CappedSimplex:
+        return CappedSimplex(self.total, _pick(self.cap, index), _pick(self.mass, index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +246,11 @@ def _spread(name: str, value: Any, n: int) -> Vector:  # -> (n,)
             "index it like the candidates."
         )
     return value if value.ndim else np.full(n, float(value))
+
+
+def _pick(value: Any, index: Tensor) -> Any:
+    """The entries of the candidates; one number for all, or None, is left as it is."""
+    return value[index.numpy()] if value is not None and value.ndim else value
 
 
 def _numbers(name: str, value: Any) -> Vector:  # -> () or (n,)

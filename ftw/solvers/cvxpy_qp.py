@@ -6,23 +6,21 @@ import importlib
 import math
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError, MissingDependencyError
 from ftw.problem import Solution, Status
-from ftw.solvers.base import WeightSolver
+from ftw.solvers.base import WeightSolver, infeasible, require_positive
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.polyhedron import Polyhedron
 from ftw.solvers.scaling import UnitProblem
 
 
 class CvxpyQP(WeightSolver):
-    """Compiles `min 1/2 ||R v||^2 - b'v`, `K = R'R`, once per size and shape of the set, then only sets numbers.
+    """`min 1/2 ||R v||^2 - b'v`, `K = R'R`, over any set, by a solver that cvxpy knows.
 
     cvxpy's verdict is never the last word: `optimal` needs both its own "optimal" and our certificate.
     A backend that stops short ("optimal_inaccurate") is `inaccurate`, whatever the certificate says.
@@ -32,73 +30,51 @@ class CvxpyQP(WeightSolver):
             interior-point method, if it is installed, else cvxpy's own choice.
         tolerance: largest `kkt_residual` called optimal; 1e-6 is what an interior-point method holds on singular
             problems.
+        compiled: compile the problem with parameters once per size and shape of the set, and only set numbers then;
+            False compiles each problem anew, with its numbers as constants, which is quicker for a size that does not
+            come again.
 
     Raises:
         MissingDependencyError: cvxpy, or the backend, is not installed.
-        ConfigurationError: cvxpy knows no such backend.
+        ConfigurationError: cvxpy knows no such backend, or the tolerance is not positive.
     """
 
-    def __init__(self, backend: str | None = None, tolerance: float = 1e-6) -> None:
-        if not tolerance > 0:
-            raise ConfigurationError(
-                f"tolerance is {tolerance!r}; it must be positive; leave it out for the default 1e-6."
-            )
-        self.tolerance = tolerance
+    def __init__(self, backend: str | None = None, tolerance: float = 1e-6, compiled: bool = True) -> None:
+        require_positive(tolerance=tolerance)
+        self.tolerance, self.compiled = tolerance, compiled
         self.backend = None if backend is None else _known_backend(backend)
-        self._compiled: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
+        self._programs: OrderedDict[tuple[Any, ...], _Program] = OrderedDict()
 
     def _solve(self, gram: Tensor, alignment: Tensor, constraints: ConstraintSet) -> Solution:
         n = alignment.numel()
         if not constraints.feasible(n):
-            return Solution(torch.zeros_like(alignment), Status.INFEASIBLE, math.inf)
+            return infeasible(alignment)
         problem = UnitProblem.of(gram, alignment, constraints)
-        start = problem.project(np.zeros(n))
-        if problem.residual(start) == 0:
+        if problem.residual(problem.nearest) == 0:
             # Covers n = 0, which cvxpy cannot express, and K = 0 with b = 0, which has no scale.
-            return Solution(torch.from_numpy(start * problem.unit), Status.OPTIMAL, 0.0)
-        near = _without_far_bounds(problem.polyhedron)
-        native, raw = self._compile(near).run(problem, near, self.backend)
-        status = _STATUS.get(native, Status.FAILED)
-        if status is Status.UNBOUNDED and math.isfinite(problem.polyhedron.radius):
-            status = Status.FAILED
-        if raw is None or not np.isfinite(raw).all():
-            raw = start
-            status = status if status in (Status.UNBOUNDED, Status.INFEASIBLE) else Status.FAILED
-        weights = problem.project(raw)  # backends satisfy the constraints to their own tolerance only
-        residual = problem.residual(weights)
-        if status is Status.OPTIMAL and residual > self.tolerance:
-            status = Status.INACCURATE
-        return Solution(torch.from_numpy(weights * problem.unit), status, residual)
+            return problem.solution(problem.nearest, Status.OPTIMAL)
+        near = problem.polyhedron.without_far_bounds()
+        program = self._compile(near) if self.compiled else _Program(near, problem)
+        native, raw = program.run(problem, near, self.backend)
+        return judge(problem, raw, _STATUS.get(native, Status.FAILED), self.tolerance)
 
-    def _compile(self, polyhedron: Polyhedron) -> _Compiled:
+    def _compile(self, polyhedron: Polyhedron) -> _Program:
         key = (
             np.isfinite(polyhedron.lower).tobytes(),
             np.isfinite(polyhedron.upper).tobytes(),
             polyhedron.rows.shape,
             polyhedron.share,
+            polyhedron.members.tobytes(),
+            np.isfinite(polyhedron.least).tobytes(),
+            np.isfinite(polyhedron.most).tobytes(),
         )
-        if key not in self._compiled:
-            self._compiled[key] = _Compiled(polyhedron)
-            if len(self._compiled) > _CACHED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
+        if key not in self._programs:
+            self._programs[key] = _Program(polyhedron)
+            if len(self._programs) > _CACHED:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return self._programs[key]
 
-
-def _without_far_bounds(polyhedron: Polyhedron) -> Polyhedron:
-    """Bounds that are astronomical beside the weights' expected size only ruin the backend's scaling.
-
-    Should the weights reach that far all the same, the projection puts the bounds back and the certificate tells.
-    """
-    return replace(
-        polyhedron,
-        lower=np.where(polyhedron.lower < -_FAR, -math.inf, polyhedron.lower),
-        upper=np.where(polyhedron.upper > _FAR, math.inf, polyhedron.upper),
-    )
-
-
-_FAR = 1e8
-"""At unit scale, where weights are expected to be of size 1."""
 
 _CACHED = 16
 """Compiled problems kept per instance; the number of chosen candidates varies little from step to step."""
@@ -112,6 +88,22 @@ _STATUS = {
 }
 """cvxpy's status -> ours; "infeasible_inaccurate", "unbounded_inaccurate", "solver_error": nothing is known."""
 
+
+def judge(problem: UnitProblem, raw: Any, status: Status, tolerance: float, iterations: int = 0) -> Solution:
+    """The solution that a backend's weights, (n,) at unit scale or None, and its verdict amount to."""
+    if status is Status.UNBOUNDED and math.isfinite(problem.polyhedron.radius):
+        status = Status.FAILED
+    if status is Status.INFEASIBLE:  # the set has a point, or the backend would not have been asked
+        status = Status.FAILED
+    if raw is None or not np.isfinite(raw).all():
+        raw = problem.nearest
+        status = status if status is Status.UNBOUNDED else Status.FAILED
+    weights = problem.project(np.asarray(raw))  # backends satisfy the constraints to their own tolerance only
+    if status is Status.OPTIMAL and problem.residual(weights) > tolerance:
+        status = Status.INACCURATE
+    return problem.solution(weights, status, iterations)
+
+
 _DEFAULT_BACKEND = "CLARABEL"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "CLARABEL": {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11},
@@ -124,47 +116,43 @@ A backend that cannot reach them is asked again with its defaults.
 """
 
 
-class _Compiled:
-    """One parametrised cvxpy problem; the layout of the set is fixed, its numbers are parameters."""
+class _Program:
+    """A cvxpy problem. Its numbers are parameters, with the layout of the set fixed, or those of one problem."""
 
-    def __init__(self, polyhedron: Polyhedron) -> None:
+    def __init__(self, polyhedron: Polyhedron, problem: UnitProblem | None = None) -> None:
         cp = _cvxpy()
-        n, rows = polyhedron.lower.size, polyhedron.rows.shape[0]
-        self._lower, self._upper = np.isfinite(polyhedron.lower), np.isfinite(polyhedron.upper)
-        self._variable = cp.Variable(n)
-        self._root, self._alignment = cp.Parameter((n, n)), cp.Parameter(n)
+        n, numbers = polyhedron.lower.size, _numbers(polyhedron, problem)
+        self._parameters: dict[str, Any] = {}
+        if problem is None:
+            self._parameters = {name: cp.Parameter(value.shape) for name, value in numbers.items()}
+            self._parameters |= {"root": cp.Parameter((n, n)), "alignment": cp.Parameter(n)}
+        given = self._parameters or numbers
+        self._variable = v = cp.Variable(n)
         constraints = []
-        self._parameters = _Parameters(
-            cp.Parameter(int(self._lower.sum())) if self._lower.any() else None,
-            cp.Parameter(int(self._upper.sum())) if self._upper.any() else None,
-            cp.Parameter((rows, n)) if rows else None,
-            cp.Parameter(rows) if rows else None,
-        )
-        if self._parameters.lower is not None:
-            constraints.append(self._variable[np.flatnonzero(self._lower)] >= self._parameters.lower)
-        if self._parameters.upper is not None:
-            constraints.append(self._variable[np.flatnonzero(self._upper)] <= self._parameters.upper)
-        if self._parameters.rows is not None:
-            constraints.append(self._parameters.rows @ self._variable == self._parameters.values)
+        for name, values, sign in (
+            ("lower", v[np.flatnonzero(np.isfinite(polyhedron.lower))], 1),
+            ("upper", v[np.flatnonzero(np.isfinite(polyhedron.upper))], -1),
+        ):
+            if name in given:
+                constraints.append(sign * (values - given[name]) >= 0)
+        if "rows" in given:
+            constraints.append(given["rows"] @ v == given["values"])
+        if "least" in given:
+            constraints.append(given["least_rows"] @ v >= given["least"])
+        if "most" in given:
+            constraints.append(given["most_rows"] @ v <= given["most"])
         if math.isfinite(polyhedron.share):
-            constraints.append(self._variable <= polyhedron.share * cp.sum(self._variable))
-        objective = 0.5 * cp.sum_squares(self._root @ self._variable) - self._alignment @ self._variable
+            capped = v[np.flatnonzero(polyhedron.members)]
+            constraints.append(capped <= polyhedron.share * cp.sum(capped))
+        objective = 0.5 * cp.sum_squares(given["root"] @ v) - given["alignment"] @ v
         self._problem = cp.Problem(cp.Minimize(objective), constraints)
 
     def run(self, problem: UnitProblem, polyhedron: Polyhedron, backend: str | None) -> tuple[str, Any]:
         """cvxpy's status, and its weights or None."""
-        cp = _cvxpy()
-        values, vectors = np.linalg.eigh(problem.gram)
-        self._root.value = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
-        self._alignment.value = problem.alignment
-        parameters = self._parameters
-        if parameters.lower is not None:
-            parameters.lower.value = polyhedron.lower[self._lower]
-        if parameters.upper is not None:
-            parameters.upper.value = polyhedron.upper[self._upper]
-        if parameters.rows is not None:
-            parameters.rows.value, parameters.values.value = polyhedron.rows, polyhedron.values
-        if backend is None and _DEFAULT_BACKEND in cp.installed_solvers():
+        if self._parameters:
+            for name, value in _numbers(polyhedron, problem).items():
+                self._parameters[name].value = value
+        if backend is None and _DEFAULT_BACKEND in _cvxpy().installed_solvers():
             backend = _DEFAULT_BACKEND
         native = self._attempt(backend, _OPTIONS.get(backend or "", {}))
         if native not in ("optimal", "unbounded", "infeasible"):
@@ -182,12 +170,26 @@ class _Compiled:
         return str(self._problem.status)
 
 
-@dataclass(frozen=True)
-class _Parameters:
-    lower: Any
-    upper: Any
-    rows: Any
-    values: Any
+def _numbers(polyhedron: Polyhedron, problem: UnitProblem | None) -> dict[str, Any]:
+    """The numbers of a set, and of a problem over it, by name; what the set does not have is left out."""
+    low, high = np.isfinite(polyhedron.lower), np.isfinite(polyhedron.upper)
+    least, most = np.isfinite(polyhedron.least), np.isfinite(polyhedron.most)
+    numbers = {
+        "lower": polyhedron.lower[low],
+        "upper": polyhedron.upper[high],
+        "rows": polyhedron.rows,
+        "values": polyhedron.values,
+        "least_rows": polyhedron.sides[least],
+        "least": polyhedron.least[least],
+        "most_rows": polyhedron.sides[most],
+        "most": polyhedron.most[most],
+    }
+    numbers = {name: value for name, value in numbers.items() if len(value)}
+    if problem is not None:
+        values, vectors = np.linalg.eigh(problem.quadratic.matrix)
+        numbers["root"] = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+        numbers["alignment"] = problem.alignment
+    return numbers
 
 
 def _known_backend(backend: str) -> str:

@@ -1,6 +1,8 @@
-"""Small symmetric systems, singular ones included. Called by the active-set polish, `ClosedForm` and `Greedy`."""
+"""Small symmetric systems, singular ones included. Called by `gram`, `sides`, `ClosedForm` and `Greedy`."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -77,13 +79,9 @@ def solve_on_rows(
     largest = float(np.abs(np.diagonal(gram)).max(initial=0.0))
     sizes = np.sqrt((rows * rows).sum(1))
     for size in sizes:
-        row, rows = rows[0], rows[1:]
-        length = float(np.sqrt(row @ row))
-        if length <= 1e-13 * size or length == 0:
+        v, rows = _reflector(rows[0], size), rows[1:]
+        if v is None:
             continue
-        v = row.copy()
-        v[0] += length if v[0] >= 0 else -length
-        v *= np.sqrt(2) / np.sqrt(v @ v)  # H = I - v v'
         image = gram @ v
         image -= (0.5 * float(v @ image)) * v
         gram = (gram - np.outer(v, image) - np.outer(image, v))[1:, 1:]
@@ -92,6 +90,54 @@ def solve_on_rows(
         reflectors.append(v)
     solution, ray = solve_psd(gram, right, scale, tolerance, largest if reflectors else None)
     return _expand(solution, reflectors), None if ray is None else _expand(ray, reflectors)
+
+
+def solve_thin_on_rows(
+    factor: Matrix,  # F, (q, r), q >= r
+    ridge: float,
+    right: Vector,  # (q,)
+    rows: Matrix,  # A, (m, q)
+    scale: float,
+    tolerance: float = 1e-13,
+) -> tuple[Vector, Vector | None]:  # (q,), (q,) or None
+    """As `solve_on_rows` for `K = F F' + ridge I`, which is not formed: O(q r^2).
+
+    With F = Q R, Q orthonormal, K is `R R' + ridge I` (r, r) on the columns of Q and the ridge alone beside them.
+    """
+    reflectors: list[Vector] = []
+    sizes = np.sqrt((rows * rows).sum(1))
+    for size in sizes:
+        v, rows = _reflector(rows[0], size), rows[1:]
+        if v is None:
+            continue
+        factor = (factor - np.outer(v, v @ factor))[1:]
+        right = (right - v * float(v @ right))[1:]
+        rows = (rows - np.outer(rows @ v, v))[:, 1:]
+        reflectors.append(v)
+    basis, corner = np.linalg.qr(factor)
+    inner = right @ basis
+    beside = right - basis @ inner
+    beside -= basis @ (beside @ basis)
+    gram = corner @ corner.T
+    gram.flat[:: len(gram) + 1] += ridge
+    part, ray = solve_psd(gram, inner, scale, tolerance, float(np.diagonal(gram).max(initial=0.0)))
+    solution = basis @ part
+    if ridge:
+        return _expand(solution + beside / ridge, reflectors), None
+    flat = beside if ray is None else beside + basis @ ray
+    steep = float(right @ flat) > tolerance * scale * math.sqrt(float(flat @ flat))
+    return _expand(solution, reflectors), _expand(flat, reflectors) if steep else None
+
+
+def _reflector(row: Vector, size: float) -> Vector | None:
+    """v such that `I - v v'` turns the row onto the first axis; None for a row that the others imply."""
+    length = math.sqrt(float(row @ row))
+    if length <= 1e-13 * size or length == 0:
+        return None
+    v = row.copy()
+    v[0] += length if v[0] >= 0 else -length
+    v *= math.sqrt(2) / math.sqrt(float(v @ v))  # H = I - v v'
+    return v
 
 
 def _expand(reduced: Vector, reflectors: list[Vector]) -> Vector:

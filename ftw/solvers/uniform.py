@@ -6,14 +6,14 @@ import math
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ftw.problem import Solution, Status
-from ftw.solvers.base import WeightSolver
-from ftw.solvers.certificate import kkt_residual
+from ftw.solvers.base import WeightSolver, infeasible
 from ftw.solvers.constraints import ConstraintSet
+from ftw.solvers.gram import LowRank
 from ftw.solvers.polyhedron import Polyhedron
+from ftw.solvers.scaling import UnitProblem
 
 
 class Uniform(WeightSolver):
@@ -27,15 +27,21 @@ class Uniform(WeightSolver):
 
     tolerance: float = math.inf
     needs_gram: ClassVar[bool] = False
+    takes_factor: ClassVar[bool] = True
 
-    def _solve(self, gram: Tensor, alignment: Tensor, constraints: ConstraintSet) -> Solution:
+    def _solve(self, gram: Tensor | LowRank, alignment: Tensor, constraints: ConstraintSet) -> Solution:
         n = alignment.numel()
         if constraints.feasible(n):
-            weights = torch.full_like(alignment, _common_weight(constraints.polyhedron(n)))
-            if constraints.contains(weights):
-                residual = kkt_residual(gram, alignment, constraints, weights)
-                return Solution(weights, Status.OPTIMAL, residual)
-        return Solution(torch.zeros_like(alignment), Status.INFEASIBLE, math.inf)
+            polyhedron = constraints.polyhedron(n)
+            weights = np.full(n, _common_weight(polyhedron))
+            if polyhedron.violation(weights) <= _INSIDE:
+                problem = UnitProblem.of(gram, alignment, constraints)
+                return problem.solution(weights / problem.unit, Status.OPTIMAL)
+        return infeasible(alignment)
+
+
+_INSIDE = 1e-9
+"""Relative, as `ConstraintSet.contains` has it."""
 
 
 def _common_weight(polyhedron: Polyhedron) -> float:

@@ -131,6 +131,83 @@ def test_what_does_not_fit() -> None:
         Targets({"else": [data(3, 1)]}).load_state_dict(state)
 
 
+@pytest.mark.parametrize("solver", ["pgd", "qp"])
+def test_worst_case_and_no_harm(solver: str) -> None:
+    """The worst served gains most under "worst", nobody loses under "no_harm", and under the mean somebody does."""
+    if solver == "qp":
+        pytest.importorskip("cvxpy")
+    found: dict[str, Tensor] = {}
+    problems: dict[str, Any] = {}
+    for how in ("mean", "worst", "no_harm"):
+        model = MLP()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        selector = ftw.Selector(
+            model,
+            optimizer,
+            target=two(),
+            targets=how,
+            filter="all",
+            solver=solver,
+            ridge=0.0,
+            target_weights={"up": 5.0, "down": 1.0},
+        )
+        with selector.record():
+            output = model(data(8, 0))  # half of the pool pulls up, half pulls down
+            ((output[:4] - 1.0).square().sum() + (output[4:] + 1.0).square().sum()).div(output.numel()).backward()
+        selector.select()
+        step = selector._coming_step()
+        numbers = step.measure(selector._recorder.contributions())
+        problems[how] = numbers.chosen
+        w = selector.apply().weights
+        found[how] = w / w.sum()
+    B, K = problems["mean"].alignments, problems["mean"].gram
+    gains = {how: w @ B for how, w in found.items()}
+    assert float(gains["mean"].min()) < 0 < float(gains["mean"].max())  # the targets do conflict
+    assert float(gains["no_harm"].min()) >= -1e-6 * float(B.abs().max())
+
+    def utility(w: Tensor) -> float:
+        """The best over all scalings of w."""
+        return float((w @ B).min().clamp_min(0) ** 2 / (2 * w @ K @ w))
+
+    generator = torch.Generator().manual_seed(0)
+    best = utility(found["worst"])
+    for _ in range(300):
+        w = torch.rand(8, dtype=torch.float64, generator=generator) * torch.randint(0, 2, (8,), generator=generator)
+        if float(w.sum()) and float(w.max()) <= 4 * float(w.mean()):
+            assert utility(w) <= best + 1e-5 * abs(best) + 1e-12
+
+
+def test_several_targets_need_a_solver_that_minimises() -> None:
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(ConfigurationError, match="whose weights follow a rule of their own"):
+        ftw.Selector(model, optimizer, target=two(), targets="worst", solver="uniform")
+    with pytest.raises(ConfigurationError, match="targets is 'best'"):
+        ftw.Selector(model, optimizer, target=two(), targets="best")
+    with pytest.raises(ConfigurationError, match="given with a single target"):
+        ftw.Selector(model, optimizer, target=[data(3, 1)], loss_fn=loss_of, targets="worst")
+
+
+def test_quotas_bound_the_share_of_a_source() -> None:
+    shares = {}
+    sources = ["a", "b"] * 4
+    for name, quota in (("free", None), ("quota", ftw.WeightQuota(at_most={"a": 0.3}))):
+        model = MLP()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        selector = ftw.Selector(model, optimizer, target=[data(5, 1)], loss_fn=loss_of, filter="all", constraints=quota)
+        mass = torch.arange(1.0, 9.0)
+        x = data(8, 0)
+        with selector.record(mass=mass, extras={"source": sources}):
+            ((model(x) - 1.0).square().mean(1) @ mass.double() / mass.sum()).backward()
+        selection = selector.apply()
+        given = selection.weights * selection.diagnostics["mass"]
+        shares[name] = float(given[::2].sum() / given.sum())
+    assert shares["free"] > 0.35
+    assert shares["quota"] == pytest.approx(0.3, abs=1e-6)
+    with pytest.raises(ConfigurationError, match="share of the total"):
+        ftw.WeightQuota(at_most={"a": 1.5})
+
+
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
@@ -174,11 +251,10 @@ def test_columns_that_do_not_fit() -> None:
         loss_of(model, data(4, 0)).backward()
     with selector.record(extras={"loss": torch.ones(4)}):
         loss_of(model, data(4, 0)).backward()
-    with pytest.raises(ConfigurationError, match="in an earlier block"), selector.record():
+    more = {"loss": torch.ones(4), "source": ["a"] * 4}
+    with pytest.raises(ConfigurationError, match="in an earlier block"), selector.record(extras=more):
         loss_of(model, data(4, 0)).backward()
     assert len(selector.apply().weights) == 4
     optimizer.zero_grad()
-    with selector.record():
-        loss_of(model, data(4, 0)).backward()
-    with pytest.raises(ConfigurationError, match="'loss'"):
-        selector.apply()
+    with pytest.raises(ConfigurationError, match="loss"), selector.record():
+        raise AssertionError("the block must not be entered")
