@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import ftw.solvers
 from ftw import registry
 from ftw.errors import ConfigurationError
 from ftw.filters import (
@@ -35,16 +36,23 @@ from ftw.filters import (
 )
 from ftw.problem import Solution, Status
 from ftw.solvers import (
+    DAQP,
+    ActiveSet,
     Box,
     CappedCone,
     CappedSimplex,
     ClosedForm,
     ConstraintSet,
     CvxpyQP,
+    Entropic,
     Free,
+    Linear,
+    NoHarm,
     NonNegative,
     ProjectedGradient,
+    Quota as QuotaSet,
     Simplex,
+    Softmax,
     Uniform,
     WeightSolver,
     kkt_residual,
@@ -71,12 +79,16 @@ FILTERS = {
     "topk": (TopK, [{}, {"by": "cosine"}, {"by": "gain"}, {"by": "shapley"}]),
 }
 SOLVERS = {
+    "active_set": (ActiveSet, [{}]),
     "closed_form": (ClosedForm, [{}]),
+    "daqp": (DAQP, [{}]),
+    "entropic": (Entropic, [{}]),
     "pgd": (ProjectedGradient, [{}]),
     "qp": (CvxpyQP, [{}, {"backend": "OSQP"}]),
+    "softmax": (Softmax, [{}]),
     "uniform": (Uniform, [{}]),
 }
-SETS = {Free, NonNegative, Box, Simplex, CappedSimplex, CappedCone}
+SETS = {Free, NonNegative, Box, Simplex, CappedSimplex, CappedCone, Linear, QuotaSet, NoHarm}
 
 
 def cases(table):
@@ -97,7 +109,8 @@ def test_everything_registered_stands_in_the_table(group, table):
 
 
 def test_every_public_set_is_among_the_sets_that_solvers_meet():
-    public = {cls for cls in ConstraintSet.__subclasses__() if cls.__module__ == "ftw.solvers.constraints"}
+    named = (getattr(ftw.solvers, name) for name in ftw.solvers.__all__)
+    public = {each for each in named if isinstance(each, type) and issubclass(each, ConstraintSet)} - {ConstraintSet}
     assert public == SETS == {type(constraints) for constraints in constraint_sets(3).values()}
 
 

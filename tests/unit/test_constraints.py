@@ -72,28 +72,24 @@ def test_projection_onto_the_cone_by_hand():
 def nearest_by_enumeration(polyhedron, point):
     """The nearest member of all faces' nearest points; faces by brute force, in exact small systems."""
     n, best, distance = len(point), None, math.inf
-    lower, upper = torch.from_numpy(polyhedron.lower), torch.from_numpy(polyhedron.upper)
-    rows = torch.from_numpy(polyhedron.rows)
-    values = torch.from_numpy(polyhedron.values)
-    choices = [
-        [0]
-        + [-1] * bool(math.isfinite(lower[i]))
-        + [1] * bool(math.isfinite(upper[i]) or math.isfinite(polyhedron.share))
-        for i in range(n)
-    ]
     eye = torch.eye(n, dtype=torch.float64)
-    for face in itertools.product(*choices):
-        A, d = [*rows], [*values]
-        for i, side in enumerate(face):
-            if side < 0:
-                A.append(eye[i]), d.append(lower[i])
-            elif side > 0 and math.isfinite(upper[i]):
-                A.append(eye[i]), d.append(upper[i])
-            elif side > 0:
-                A.append(eye[i] - polyhedron.share), d.append(torch.zeros((), dtype=torch.float64))
-        w = point
-        if A:
-            A, d = torch.stack(A), torch.stack(d)
+    members = torch.from_numpy(polyhedron.members)
+    faces = []  # for each inequality, the equations (a, d) that it may be active with; None where it is not
+    for i in range(n):
+        faces.append([None])
+        for bound in (polyhedron.lower[i], polyhedron.upper[i]):
+            if math.isfinite(bound):
+                faces[-1].append((eye[i], bound))
+        if math.isfinite(polyhedron.share) and members[i]:
+            faces[-1].append((eye[i] - polyhedron.share * members, 0.0))
+    for side, *bounds in zip(torch.from_numpy(polyhedron.sides), polyhedron.least, polyhedron.most, strict=True):
+        faces.append([None, *((side, bound) for bound in bounds if math.isfinite(bound))])
+    equalities = list(zip(torch.from_numpy(polyhedron.rows), polyhedron.values, strict=True))
+    for face in itertools.product(*faces):
+        w, equations = point, equalities + [equation for equation in face if equation is not None]
+        if equations:
+            A = torch.stack([a for a, _ in equations])
+            d = torch.tensor([value for _, value in equations], dtype=torch.float64)
             w = point + torch.linalg.pinv(A, rtol=1e-12) @ (d - A @ point)
         if polyhedron.violation(w.numpy()) < 1e-9 and float((w - point).norm()) < distance:
             best, distance = w, float((w - point).norm())
