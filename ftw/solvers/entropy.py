@@ -18,6 +18,8 @@ def scale_to_total(
     Of all weights from 0 to u with that total it has the least entropy `sum a_i w_i log(w_i / q_i)` relative to q,
     whose derivative by `a_i w_i` is then the same for all that are below their cap.
     """
+    if not shape.size:
+        return shape
     with np.errstate(over="ignore"):
         ratios = cap / shape
     order = np.argsort(ratios, kind="stable")

@@ -136,6 +136,15 @@ def test_worst_case_and_no_harm(solver: str) -> None:
     """The worst served gains most under "worst", nobody loses under "no_harm", and under the mean somebody does."""
     if solver == "qp":
         pytest.importorskip("cvxpy")
+
+    def higher(model: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = -model(x).mean()
+        return result
+
+    def lower(model: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = model(x).mean()
+        return result
+
     found: dict[str, Tensor] = {}
     problems: dict[str, Any] = {}
     for how in ("mean", "worst", "no_harm"):
@@ -144,7 +153,7 @@ def test_worst_case_and_no_harm(solver: str) -> None:
         selector = ftw.Selector(
             model,
             optimizer,
-            target=two(),
+            target={"up": Target([data(5, 100)], higher), "down": Target([data(6, 102)], lower)},
             targets=how,
             filter="all",
             solver=solver,
@@ -152,8 +161,8 @@ def test_worst_case_and_no_harm(solver: str) -> None:
             target_weights={"up": 5.0, "down": 1.0},
         )
         with selector.record():
-            output = model(data(8, 0))  # half of the pool pulls up, half pulls down
-            ((output[:4] - 1.0).square().sum() + (output[4:] + 1.0).square().sum()).div(output.numel()).backward()
+            output = model(data(8, 0)).mean(1)  # half of the pool pulls up, half pulls down
+            ((output[4:].sum() - output[:4].sum()) / 8).backward()
         selector.select()
         step = selector._coming_step()
         numbers = step.measure(selector._recorder.contributions())
