@@ -70,8 +70,9 @@ def drawn(count: int, largest: int, seed: int) -> list[UglyProblem]:
 def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None:
     """Whether the objective falls without end over the set; None within rounding of the answer.
 
-    A direction d of the set, entries at most 1, without curvature (K d = 0 up to 1e-10 of K) is sought that goes down
-    most from the set's point nearest to 0, by HiGHS. Slopes count relative to the gradient's terms.
+    A direction d of the set, entries at most 1, without curvature (K d = 0 up to 1e-10 of K) is sought in which b
+    gains most, by HiGHS. A minimum is certain if there is no gain even beside b's own size, and none is certain if
+    the gain stands out beside all of the gradient's terms.
     """
     from scipy.optimize import linprog
 
@@ -79,7 +80,7 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     start = constraints.project(torch.zeros(ugly.size)).numpy()
     K, b = ugly.gram.numpy(), ugly.alignment.numpy()
     size = float(np.linalg.norm(K)) * float(np.linalg.norm(start)) + float(np.linalg.norm(b))
-    if math.isfinite(polyhedron.radius) or not size:
+    if math.isfinite(polyhedron.radius) or not np.any(b):
         return False
     values, vectors = np.linalg.eigh(K)
     relative = values / values[-1] if values[-1] > 0 else np.zeros_like(values)
@@ -93,7 +94,7 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     low = np.where(np.isfinite(polyhedron.lower), 0.0, -1.0)
     high = np.where(np.isfinite(polyhedron.upper), 0.0, 1.0)
     found = linprog(
-        (K @ start - b) / size,
+        -b / np.linalg.norm(b),
         above if len(above) else None,
         np.zeros(len(above)) if len(above) else None,
         equal if len(equal) else None,
@@ -102,11 +103,12 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     )
     if found.status != 0:
         return None
-    slope = -float(found.fun)
+    gain = -float(found.fun)
+    slope = gain * float(np.linalg.norm(b)) / size
     nearly_flat = bool(np.any((relative > 1e-15 * len(b)) & (relative <= 1e-10)))
     if nearly_flat and len(polyhedron.rows):  # on the plane, K's nearly flat directions are others than in space
         return None
-    if slope <= 1e-12:
+    if gain <= 1e-12:
         return False
     return True if slope > 1e-4 and not nearly_flat else None
 

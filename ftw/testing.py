@@ -7,7 +7,7 @@
 
 The checks assert the laws in the interfaces' docstrings on deliberately ugly problems: singular, duplicate,
 conflicting, empty, scaled by 1e-16 and 1e16. Imports torch, numpy and the standard library only, so that it
-needs no test framework. One section per interface.
+needs no test framework; `problems` alone needs hypothesis. One section per interface.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw.errors import ConfigurationError, SolverError
+from ftw.errors import ConfigurationError, MissingDependencyError, SolverError
 from ftw.optim_state.base import AffineUpdate, Preconditioner, ScaleOperator, state_of, state_rows
 from ftw.problem import GramSource, SelectionProblem, Solution, Status
 
 if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
     from ftw.filters.base import Filter
     from ftw.solvers.base import WeightSolver
     from ftw.solvers.constraints import ConstraintSet
@@ -127,6 +129,43 @@ def ugly_problems(seed: int = 0, sizes: Sequence[int] = (0, 1, 2, 3, 8, 17)) -> 
     for i, shape in enumerate(SHAPES):
         for j, n in enumerate(sizes):
             yield ugly_problem(shape, n, generator, *scales[(i + j) % len(scales)])
+
+
+def problems(
+    shapes: Sequence[str] = SHAPES,
+    sizes: tuple[int, int] = (1, 24),
+    scales: Sequence[float] = (1e-16, 1e-8, 1e-3, 1.0, 1e3, 1e8, 1e16),
+) -> SearchStrategy[UglyProblem]:
+    """A hypothesis strategy of problems, for properties of your own filter or solver.
+
+        @given(ftw.testing.problems())
+        def test_mine(ugly):
+            solution = MySolver().solve(ugly.gram, ugly.alignment, CappedCone(4.0))
+
+    Args:
+        shapes: the defects to draw from, of `SHAPES`.
+        sizes: fewest and most candidates.
+        scales: of K and of b, drawn apart.
+
+    Raises:
+        MissingDependencyError: hypothesis is not installed.
+        ConfigurationError: a shape that there is not.
+    """
+    try:
+        from hypothesis import strategies as st
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ftw.testing.problems draws by hypothesis, which is not installed; pip install hypothesis, or go through "
+            "ftw.testing.ugly_problems()."
+        ) from error
+    if not shapes or not set(shapes) <= set(SHAPES):
+        raise ConfigurationError(f"shapes is {list(shapes)}; allowed are some of {', '.join(SHAPES)}; choose of these.")
+
+    def drawn(shape: str, n: int, seed: int, gram_scale: float, alignment_scale: float) -> UglyProblem:
+        return ugly_problem(shape, n, _generator(seed), gram_scale, alignment_scale)
+
+    scale = st.sampled_from(list(scales))
+    return st.builds(drawn, st.sampled_from(list(shapes)), st.integers(*sizes), st.integers(0, 2**31), scale, scale)
 
 
 # --- Constraint sets ---------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ from ftw.solvers import (
     NoHarm,
     NonNegative,
     ProjectedGradient,
-    Quota as QuotaSet,
     Simplex,
     Softmax,
     Uniform,
@@ -79,16 +78,16 @@ FILTERS = {
     "topk": (TopK, [{}, {"by": "cosine"}, {"by": "gain"}, {"by": "shapley"}]),
 }
 SOLVERS = {
-    "active_set": (ActiveSet, [{}]),
+    "active_set": (ActiveSet, [{}, {"max_rounds": 400}]),
     "closed_form": (ClosedForm, [{}]),
     "daqp": (DAQP, [{}]),
     "entropic": (Entropic, [{}]),
     "pgd": (ProjectedGradient, [{}]),
-    "qp": (CvxpyQP, [{}, {"backend": "OSQP"}]),
-    "softmax": (Softmax, [{}]),
+    "qp": (CvxpyQP, [{}, {"backend": "OSQP"}, {"compiled": False}]),
+    "softmax": (Softmax, [{}, {"temperature": 0.01}, {"temperature": 100.0}]),
     "uniform": (Uniform, [{}]),
 }
-SETS = {Free, NonNegative, Box, Simplex, CappedSimplex, CappedCone, Linear, QuotaSet, NoHarm}
+SETS = {Free, NonNegative, Box, Simplex, CappedSimplex, CappedCone, Linear, ftw.solvers.Quota, NoHarm}
 
 
 def cases(table):
