@@ -117,8 +117,8 @@ class Linear(ConstraintSet):
     def _check_size(self, n: int) -> None:
         if n != self.rows.shape[1]:
             raise ConfigurationError(
-                f"{self!r} was used for {n} candidates; index rows and groups like the candidates, with `restricted` "
-                "or where you make the set."
+                f"{self!r} was used for {n} candidates; its rows and groups need one entry for each; index them like "
+                "the candidates, with `restricted` or where you make the set."
             )
 
 
