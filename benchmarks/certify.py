@@ -71,8 +71,8 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     """Whether the objective falls without end over the set; None within rounding of the answer.
 
     A direction d of the set, entries at most 1, without curvature (K d = 0 up to 1e-10 of K) is sought in which b
-    gains most, by HiGHS. A minimum is certain if there is no gain even beside b's own size, and none is certain if
-    the gain stands out beside all of the gradient's terms.
+    gains most, by HiGHS. A minimum is certain if there is no gain even beside the part of b along such directions,
+    and none is certain if the gain stands out beside all of the gradient's terms.
     """
     from scipy.optimize import linprog
 
@@ -84,7 +84,11 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
         return False
     values, vectors = np.linalg.eigh(K)
     relative = values / values[-1] if values[-1] > 0 else np.zeros_like(values)
-    curved = vectors[:, relative > 1e-10].T
+    curved, flat = vectors[:, relative > 1e-10].T, vectors[:, relative <= 1e-10]
+    along = flat @ (flat.T @ b)
+    part = float(np.linalg.norm(along))
+    if part <= 1e-13 * np.linalg.norm(b):
+        return False
     equal = np.concatenate((curved, polyhedron.rows))
     least, most = np.isfinite(polyhedron.least), np.isfinite(polyhedron.most)
     limited = [polyhedron.sides[most], -polyhedron.sides[least]]
@@ -94,7 +98,7 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     low = np.where(np.isfinite(polyhedron.lower), 0.0, -1.0)
     high = np.where(np.isfinite(polyhedron.upper), 0.0, 1.0)
     found = linprog(
-        -b / np.linalg.norm(b),
+        -along / part,  # of size 1: HiGHS takes costs below 1e-7 for none
         above if len(above) else None,
         np.zeros(len(above)) if len(above) else None,
         equal if len(equal) else None,
@@ -104,11 +108,11 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     if found.status != 0:
         return None
     gain = -float(found.fun)
-    slope = gain * float(np.linalg.norm(b)) / size
+    slope = gain * part / size
     nearly_flat = bool(np.any((relative > 1e-15 * len(b)) & (relative <= 1e-10)))
     if nearly_flat and len(polyhedron.rows):  # on the plane, K's nearly flat directions are others than in space
         return None
-    if gain <= 1e-12:
+    if gain <= 1e-6:
         return False
     return True if slope > 1e-4 and not nearly_flat else None
 
