@@ -477,3 +477,20 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ConfigurationError, match="2 processes"):
         selecting(tmp_path, model_of(), CHOOSING)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_chooses_the_same(tmp_path: Path) -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer, choices = selecting(tmp_path, model_of(), CHOOSING, max_steps=4, **settings)
+    trainer.train()
+    torch._dynamo.reset()
+    twin, same = selecting(tmp_path, model_of(), CHOOSING, max_steps=4)
+    twin.train()
+    for a, b in zip(choices.made, same.made, strict=True):
+        assert a.indices.tolist() == b.indices.tolist()
+        torch.testing.assert_close(a.weights, b.weights, rtol=1e-3, atol=1e-3)
+    assert losses(trainer) == pytest.approx(losses(twin), abs=1e-4)
