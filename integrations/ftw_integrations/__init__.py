@@ -1,1 +1,1 @@
-"""Thin adapters between ftw and trainers. None is built yet; a plain loop needs none (see the README)."""
+"""Adapters between ftw and trainers, each a module of its own that imports its trainer: name the one you use."""

@@ -1,0 +1,132 @@
+"""The selector's arguments as a dataclass, for `HfArgumentParser` and for trainers. No trainer is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ftw import presets, registry
+from ftw.arguments import at_least, one_of
+from ftw.assembly import GEOMETRIES, OBJECTIVES, REFERENCES
+from ftw.decision import TOTALS
+from ftw.errors import ConfigurationError
+from ftw.gradients.coverage import UNCOVERED
+from ftw.gradients.recorder import RESIDUALS
+from ftw.selector import NOTHING_USEFUL
+
+_COMPONENTS = {
+    "filter": ("filters", None),
+    "solver": ("solvers", None),
+    "gradients": ("gradients", None),
+    "preconditioner": ("optim_state", "auto"),
+    "curvature": ("curvature", "optimizer"),
+}
+"""Field -> the group its names are registered in, and the word that is no component."""
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SelectionArguments:
+    """What is chosen and how: arguments of `ftw.Selector` of the same names, and how the target is batched.
+
+    Where a name is asked for, a class or an instance does as well, from Python.
+
+    Raises:
+        ConfigurationError, UnknownComponentError: a value that is not allowed.
+    """
+
+    # A parser that knows one type an argument takes the second of three: a string, which is told apart below.
+    budget: float | str | None = _help(
+        0.25, "Candidates that are kept each step: a share of the window (0.25, 1.0), or a number (4)."
+    )
+    preset: str = _help("ours", "Ready configuration, see `ftw list`; the arguments below override it.")
+    filter: str | None = _help(None, "What chooses candidates, such as greedy, topk or all. Default: the preset's.")
+    solver: str | None = _help(None, "What weighs them, such as pgd or uniform. Default: the preset's.")
+    geometry: str | None = _help(None, "curvature, update or vanilla. Default: the preset's.")
+    objective: str | None = _help(None, "match or utility. Default: the preset's.")
+    cap: float | None = _help(None, "Largest weight as a multiple of the chosen's mean weight. Default: 4.")
+    ridge: float | None = _help(None, "Added to K's diagonal, relative to its mean. Default: the preset's.")
+    total: str = _help("preserve", "preserve the step's size, or at_most that.")
+    trust: float | str | None = _help(1.0, "Divides the curvature of the utility: a number, or adaptive.")
+    curvature: str = _help("optimizer", "Model of the target's curvature: optimizer, kfac or ekfac.")
+    gradients: str = _help("auto", "Form of the contributions: auto, factorized, full, lora or projection.")
+    preconditioner: str = _help("auto", "Model of the optimizer; auto goes by its type.")
+    target_batch_size: int = _help(8, "Target samples in a batch.")
+    target_batches: int | str | None = _help(1, "Batches that make one target gradient: a number, or all.")
+    refresh: int = _help(1, "Steps between two target gradients.")
+    ema: float = _help(0.0, "Weight of the previous target gradient, in [0, 1).")
+    warmup: int = _help(5, "Steps in vanilla geometry while the optimizer has no history.")
+    reference: str = _help("pool", "What the second moment is predicted from: pool, target or previous.")
+    memory_cap: int | None = _help(None, "Bytes that a window may keep. Default: no bound.")
+    nothing_useful: str = _help("zero", "Where no candidate helps: zero gradients, or skip the step.")
+    uncovered: str = _help("error", "Trainable parameters that cannot be recorded: error, scale or ignore.")
+    residual: str = _help("error", "Gradient that no candidate owns: error, or keep.")
+    relinearise: bool = _help(False, "Decide twice, the second time with the second moment that the first gives.")
+    watch: int = _help(0, "Every how many steps prediction and step are compared; 0 is never.")
+    check: bool = _help(True, "Audit the first window.")
+    seed: int = _help(0, "Of filters that draw at random.")
+
+    def __post_init__(self) -> None:
+        budget = self.budget = _number("budget", self.budget)
+        self.trust = _number("trust", self.trust, "adaptive")
+        self.target_batches = _number("target_batches", self.target_batches, "all")
+        if not (budget >= 1 if isinstance(budget, int) else 0 < budget <= 1):
+            raise ConfigurationError(
+                f"budget is {budget!r}; allowed are a share of the pool in (0, 1], or a number of candidates from "
+                "1; try 0.25."
+            )
+        for name, (group, word) in _COMPONENTS.items():
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, str) and given == word):
+                registry.resolve(group, given)
+        chosen = presets.preset(self.preset)
+        if not chosen.self_contained:
+            needed = ", ".join(chosen.needs) or "tokens as candidates"
+            raise ConfigurationError(
+                f"preset {self.preset!r} needs {needed}, which a trainer does not hand on; choose a preset without, or "
+                "write the loop with ftw.Selector."
+            )
+        for name, allowed in (("geometry", GEOMETRIES), ("objective", OBJECTIVES)):
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), allowed)
+        one_of("total", self.total, TOTALS)
+        one_of("reference", self.reference, REFERENCES)
+        one_of("nothing_useful", self.nothing_useful, NOTHING_USEFUL)
+        one_of("uncovered", self.uncovered, UNCOVERED)
+        one_of("residual", self.residual, RESIDUALS)
+        counts = {"target_batch_size": 1, "refresh": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if name != "memory_cap" or value is not None:
+                at_least(name, value, least)
+                if not isinstance(value, int):
+                    raise ConfigurationError(f"{name} is {value!r}; it counts; give an integer.")
+        if not isinstance(self.ema, (int, float)) or not 0 <= self.ema < 1:
+            raise ConfigurationError(f"ema is {self.ema!r}; it must lie in [0, 1); 0 switches averaging off.")
+        if self.target_batches != "all":
+            at_least("target_batches", self.target_batches, 1)
+        for name in ("cap", "ridge"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 0)
+
+    def for_selector(self) -> dict[str, Any]:
+        """Keyword arguments for `ftw.Selector`, the target and its loss left out."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "target_batch_size"}
+
+
+def _number(name: str, given: Any, word: str | None = None) -> Any:
+    """What the command line gave as text: "4" is the integer, "0.25" the number, the word itself."""
+    if given is not None and not isinstance(given, bool):
+        if not isinstance(given, str) or given == word:
+            return given
+        for kind in (int, float):
+            try:
+                return kind(given)
+            except ValueError:
+                continue
+    raise ConfigurationError(
+        f"{name} is {given!r}; a number{f' or {word!r}' if word else ''} is needed; set it so or leave it out."
+    )

@@ -1,0 +1,209 @@
+"""Selection inside Hugging Face's Trainer, whose loop, loss, clipping and evaluation stay its own.
+
+    SelectionTrainer(model, args, train_dataset=pool, target_dataset=dev, selection=SelectionArguments(budget=0.25))
+
+The pool of a step is its whole accumulation window: the selector records each micro-batch and writes the gradient at
+the last one, before the Trainer clips and steps. For a trainer of your own put `SelectionTrainerMixin` in front of it:
+`class Mine(SelectionTrainerMixin, OtherTrainer)`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+import ftw
+from ftw.errors import ConfigurationError, TargetError
+from ftw.target import model_loss
+from ftw_integrations.arguments import SelectionArguments
+from ftw_integrations.metrics import Metrics
+
+__all__ = ["SelectionArguments", "SelectionTrainer", "SelectionTrainerMixin"]
+
+STATE_NAME = "ftw_selector.pt"
+"""The selector's state in a checkpoint's folder; plain data, read with `weights_only=True`."""
+
+_Base: Any = Trainer if TYPE_CHECKING else object
+
+
+class SelectionTrainerMixin(_Base):
+    """Selection for a `Trainer` that stands behind it in the MRO.
+
+    Args:
+        target_dataset: samples of what you train for, in the form of `train_dataset`; collated by the trainer's own
+            collator, in their order, when training begins.
+        selection: what is chosen and how.
+
+    Attributes:
+        selector: of the present `train()`; None before its first step.
+        selection: of the last step; None before.
+
+    Raises:
+        ConfigurationError: no target, several processes or devices, or arguments that do not fit.
+        TargetError: the target is empty.
+    """
+
+    def __init__(
+        self, *args: Any, target_dataset: Any = None, selection: SelectionArguments | None = None, **kwargs: Any
+    ) -> None:
+        if target_dataset is None or not isinstance(target_dataset, Sized) or isinstance(target_dataset, Mapping):
+            raise ConfigurationError(
+                f"target_dataset is a {type(target_dataset).__name__}; a dataset with a length is needed, in the form "
+                "of train_dataset; pass a few samples of what you train for."
+            )
+        if not len(target_dataset):
+            raise TargetError("target_dataset is empty; at least one sample is needed; pass what you train for.")
+        if not isinstance(selection, SelectionArguments | None):
+            raise ConfigurationError(
+                f"selection is a {type(selection).__name__}; allowed is a SelectionArguments; pass "
+                "SelectionArguments(budget=0.25)."
+            )
+        self._selection_arguments = selection or SelectionArguments()
+        self._target_dataset: Any = target_dataset
+        self.selector: ftw.Selector | None = None
+        self.selection: ftw.Selection | None = None
+        self._selector_state: dict[str, Any] | None = None
+        self._metrics_of_selection = Metrics()
+        super().__init__(*args, **kwargs)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
+            raise ConfigurationError(
+                f"the trainer runs {self.accelerator.num_processes} processes with {self.args.n_gpu} devices each"
+                f"{', sharded' if sharded else ''}; selection knows one process with one device only; set "
+                "CUDA_VISIBLE_DEVICES to one of them, or use Trainer without selection."
+            )
+        self.add_callback(_Windows(self))
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The trainer's own, recorded; at the window's last micro-batch the selection takes the gradient's place."""
+        selector = self._selector_in_use()
+        mass, candidates = self._candidates(inputs, num_items_in_batch)
+        if len(mass):
+            with selector.record(mass=mass, candidates=candidates, scaler=self.accelerator.scaler):
+                loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+            self._recorded = True
+        else:  # no row has a label: there is nothing to choose from, and no gradient
+            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+        if self.accelerator.sync_gradients and self._recorded:
+            self.selection = selector.apply()
+            self._recorded = False
+            self._metrics_of_selection.add(self.selection)
+        return loss
+
+    def target_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean loss of a target batch: the model's own, or the trainer's where that was changed by an argument."""
+        if self.compute_loss_func is None and self.label_smoother is None:
+            return model_loss(model, batch)
+        loss: Tensor = self.compute_loss(model, self._prepare_inputs(dict(batch)))
+        return loss
+
+    def _selector_in_use(self) -> ftw.Selector:
+        if self.selector is None:
+            chosen = self._selection_arguments
+            self.selector = ftw.Selector(
+                self.model,
+                self.optimizer,
+                target=self._target_batches(chosen.target_batch_size),
+                loss_fn=self.target_loss,
+                **chosen.for_selector(),
+            )
+            self._recorded = False
+            if self._selector_state is not None:
+                self.selector.load_state_dict(self._selector_state)
+                self._selector_state = None
+        return self.selector
+
+    def _target_batches(self, size: int) -> list[Any]:
+        """All of the target, collated. Should the collator draw at random, the trainer's generators do not notice."""
+        data = self._target_dataset
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._selection_arguments.seed)
+            starts = range(0, len(data), size)
+            return [collate([data[i] for i in range(at, min(at + size, len(data)))]) for at in starts]
+
+    def _candidates(self, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
+        """Mass of the candidates of a micro-batch, (n,), and whose each row is, where some are nobody's."""
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if isinstance(labels, Tensor) and labels.dim() > 1:
+            shifted = "shift_labels" not in inputs and getattr(self, "_loss_shifts_labels", True)
+            tokens = (labels[:, 1:] if shifted else labels).ne(-100).flatten(1).sum(1).cpu()
+        else:  # one label a row, or a loss that is made without labels
+            rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+            tokens = torch.ones(rows, dtype=torch.long)
+        used = tokens > 0
+        mass = tokens[used].double()
+        if not self._normalised_over_window(num_items):
+            mass = mass / mass.sum()  # each micro-batch is a mean of its own, and the step the mean of these
+        if bool(used.all()):
+            return mass, None
+        return mass, (used.cumsum(0) - 1).masked_fill(~used, -1)
+
+    def _normalised_over_window(self, num_items: Any) -> bool:
+        """Whether the loss is a sum over the window's label tokens divided by their number: as `training_step` asks."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return bool(said)
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    # -- metrics and checkpoints -----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's own; training logs gain the means of `ftw/*` since the last."""
+        if "loss" in logs:
+            logs = {**logs, **self._metrics_of_selection.take()}
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.selector is not None and self.args.should_save:
+            torch.save(self.selector.state_dict(), os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE_NAME)
+        if os.path.isfile(path):
+            self._selector_state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            warnings.warn(
+                f"{checkpoint} holds no {STATE_NAME}: it was saved without selection, or with save_only_model; the "
+                "selector begins anew.",
+                stacklevel=2,
+            )
+
+
+class SelectionTrainer(SelectionTrainerMixin, Trainer):
+    """`Trainer` with selection: `SelectionTrainer(..., target_dataset=dev, selection=SelectionArguments())`."""
+
+
+class _Windows(TrainerCallback):
+    """Begins and ends what the selector keeps where the loop does."""
+
+    def __init__(self, trainer: SelectionTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.on_train_end()
+        self._trainer.selector = self._trainer.selection = None
+        self._trainer._metrics_of_selection.take()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer.selector is not None:  # a window that a callback broke off is none
+            self._trainer.selector.discard()
+            self._trainer._recorded = False
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer.selector is not None:
+            self._trainer.selector.close()

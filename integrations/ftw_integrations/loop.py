@@ -1,0 +1,182 @@
+"""Selection in a loop that is not changed at all: attached to its model and its optimizer by hooks.
+
+    attached = attach(model, optimizer, target=target_batches, budget=0.25)
+    ...                                        # forward, backward, optimizer.step(): as before
+    attached.detach()
+
+A training forward opens a block of `record()`, the end of its backward closes it, and the selection takes place when
+the optimizer steps. Loops that may gain three lines have more freedom with `record()` and `apply()` themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+import ftw
+from ftw.errors import ConfigurationError, RecordingError
+from ftw.optim_state.wrappers import unwrapped
+
+MassOf = Callable[[Mapping[str, Any]], Tensor]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    target: Any,
+    mass: MassOf | None = None,
+    max_grad_norm: float | None = None,
+    told: Callable[[ftw.Selection], None] | None = None,
+    **selector: Any,
+) -> Attached:
+    """Select in a loop that stays as it is.
+
+    Args:
+        model: called by the loop, in training mode with gradients enabled.
+        optimizer: the loop's, or accelerate's wrapper of it.
+        target, selector: arguments of `ftw.Selector`.
+        mass: keyword arguments of a forward -> mass of its rows, (rows,); `token_mean` where the loss is the model's
+            own mean over label tokens. Default: equal.
+        max_grad_norm: clip what was selected to this norm. The loop's own clipping comes before the optimizer's step
+            and so before the selection: there is no gradient yet that it could clip, and it has no effect.
+        told: called with the selection of every step.
+
+    Returns:
+        A handle: `selection` is the last, `selector` the selector, `detach()` removes every hook.
+
+    Raises:
+        ConfigurationError: `lean=False`; a norm that is not positive. See `ftw.Selector` for the rest.
+    """
+    if not selector.get("lean", True):
+        raise ConfigurationError(
+            "lean=False was given to attach(); the loop would clip or unscale a gradient that is overwritten "
+            "afterwards; leave it out, or call record() and apply() in the loop."
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigurationError(f"max_grad_norm is {max_grad_norm!r}; a positive norm is needed, or None for none.")
+    return Attached(model, optimizer, mass, max_grad_norm, told, {"target": target, **selector})
+
+
+def token_mean(inputs: Mapping[str, Any]) -> Tensor:  # -> (rows,)
+    """Mass of the rows of a causal language model whose loss is the mean over the forward's label tokens."""
+    tokens = inputs["labels"][:, 1:].ne(-100).sum(1).double()
+    return tokens / tokens.sum()
+
+
+class Attached:
+    """What `attach` returns; also a context manager that detaches in the end.
+
+    Attributes:
+        selector: at work.
+        selection: of the last step; None before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        mass: MassOf | None,
+        max_grad_norm: float | None,
+        told: Callable[[ftw.Selection], None] | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.selection: ftw.Selection | None = None
+        self._mass_of, self._max_norm, self._told = mass, max_grad_norm, told
+        self._block: AbstractContextManager[None] | None = None
+        self._masses: list[float] = []
+        self._waiting = 0  # forwards whose backward has not begun
+        self._busy = False
+        # Before the selector, whose own hooks (watch=) look at what this one leaves.
+        self._handles: list[Any] = [unwrapped(optimizer).register_step_pre_hook(self._before_step)]
+        try:
+            self.selector = ftw.Selector(model, optimizer, **arguments)
+        except BaseException:
+            self._handles.pop().remove()
+            raise
+        # Ahead of the recorder's, which must find the block open.
+        self._handles.append(model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._after_forward))
+
+    def detach(self) -> None:
+        """Remove every hook and forget what is recorded; the loop then trains plainly."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._block is not None:
+            broken = RecordingError("detached within a window; what it recorded is dropped; detach between steps.")
+            block, self._block = self._block, None
+            block.__exit__(RecordingError, broken, None)
+        self.selector.close()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy or not model.training or not torch.is_grad_enabled():
+            return
+        if self._block is None:
+            self._masses = []
+            self._block = self.selector.record(mass=None if self._mass_of is None else self._masses)
+            self._during(self._block.__enter__)
+        if self._mass_of is not None:
+            self._masses.extend(self._mass_of(kwargs).tolist())
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._block is None or self._busy or not torch.is_grad_enabled():
+            return
+        made = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        if made:
+            self._waiting += 1
+            torch.autograd.graph.register_multi_grad_hook(made, self._backward_begins, mode="any")
+
+    def _backward_begins(self, gradient: Tensor) -> None:
+        self._waiting -= 1
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
+
+    def _backward_ends(self) -> None:
+        if self._waiting == 0:  # else another forward's backward is to come
+            self._close()
+
+    def _close(self) -> None:
+        if self._block is not None:
+            block, self._block, self._waiting = self._block, None, 0
+            self._during(block.__exit__, None, None, None)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(callable(given) and given is not optimizer for given in (*args, *kwargs.values())):
+            raise ConfigurationError(
+                "optimizer.step() was given a closure, which runs forward and backward after the selection; attach() "
+                "serves steps without one; call record() and apply() in the loop."
+            )
+        self._close()
+        self.selection = self._during(self.selector.apply)
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), self._max_norm)
+        if self._told is not None:
+            self._told(self.selection)
+
+    def _during(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Forwards of the selector's own, for the target and its audits, are not the loop's."""
+        busy, self._busy = self._busy, True
+        try:
+            return work(*args)
+        finally:
+            self._busy = busy
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor))

@@ -1,0 +1,52 @@
+"""The examples run as they stand, in a process of their own, and show what they are to show."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the examples build a small Llama")
+pytest.importorskip("accelerate", reason="Trainer needs it")
+pytest.importorskip("peft", reason="hf_lora trains adapters")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf_lora", "plain_loop"])
+def test_an_example_as_it_stands(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    shown = [line.rsplit(": ", 1) for line in done.stdout.splitlines() if line.startswith("test loss")]
+    losses = [float(loss) for _, loss in shown]
+    assert losses[1] < losses[0]  # selected below all of it
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plain_loop_three_ways() -> None:
+    losses = example("plain_loop").main(["--steps", "2", "--pretrain-steps", "2"])
+    assert losses["recorded"] == pytest.approx(losses["attached"], abs=1e-5)
+    assert losses["plain"] != losses["recorded"]
+
+
+def test_the_trainer_takes_selection_arguments() -> None:
+    losses = example("hf_lora").main(
+        ["--steps", "1", "--pretrain_steps", "1", "--filter", "topk", "--solver", "uniform"]
+    )
+    assert losses.keys() == {"all of it", "selected"}
