@@ -90,11 +90,7 @@ def has_no_minimum(ugly: UglyProblem, constraints: ConstraintSet) -> bool | None
     if part <= 1e-13 * np.linalg.norm(b):
         return False
     equal = np.concatenate((curved, polyhedron.rows))
-    least, most = np.isfinite(polyhedron.least), np.isfinite(polyhedron.most)
-    limited = [polyhedron.sides[most], -polyhedron.sides[least]]
-    if math.isfinite(polyhedron.share):
-        limited.append(polyhedron.caps())
-    above = np.concatenate(limited)
+    above = polyhedron.inequalities()[0]
     low = np.where(np.isfinite(polyhedron.lower), 0.0, -1.0)
     high = np.where(np.isfinite(polyhedron.upper), 0.0, 1.0)
     found = linprog(

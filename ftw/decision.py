@@ -69,7 +69,7 @@ class Policy:
                 f"targets={self.targets!r} was given with {type(self.solver).__name__}, whose weights follow a rule of "
                 "their own; choose a solver that minimises, such as 'pgd', or targets='mean'."
             )
-        _check_budget(self.budget)
+        check_budget(self.budget)
         at_least("ridge", self.ridge, 0.0)
         if not self.trust > 0:
             raise ConfigurationError(
@@ -331,7 +331,8 @@ def _budget(budget: float, n: int) -> int:
     return int(budget) if isinstance(budget, Integral) else max(1, int(budget * n + 0.5))
 
 
-def _check_budget(budget: Any) -> None:
+def check_budget(budget: Any) -> None:
+    """Raise `ConfigurationError` unless the budget is an int of at least 1 or a float in (0, 1]."""
     if isinstance(budget, bool) or not isinstance(budget, Real) or not float(budget) > 0:
         raise ConfigurationError(
             f"budget is {budget!r}; allowed are an int of at least 1 or a float in (0, 1]; a quarter of the "

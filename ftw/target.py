@@ -6,6 +6,7 @@ Called by the selector once a step, outside the trainer's forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ from ftw.modes import all_finite, evaluating, parked_gradients
 Snapshot = tuple[int, int, dict[str, Tensor] | None, int, list[Any] | None]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+def check_schedule(refresh: Any, batches_per_refresh: Any, ema: Any) -> None:
+    """Raise `ConfigurationError` unless the arguments of `Target` of these names are allowed."""
+    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+        raise ConfigurationError(
+            f"refresh is {refresh!r}; it counts steps and must be an integer of at least 1; 1 is every step."
+        )
+    if batches_per_refresh != "all" and (not isinstance(batches_per_refresh, int) or batches_per_refresh < 1):
+        raise ConfigurationError(
+            f"target_batches is {batches_per_refresh!r}; allowed are integers of at least 1, or 'all'; try 1."
+        )
+    if not isinstance(ema, Real) or not 0.0 <= float(ema) < 1.0:
+        raise ConfigurationError(f"ema is {ema!r}; it must lie in [0, 1); 0 switches averaging off.")
 
 
 class Target:
@@ -54,16 +69,7 @@ class Target:
             )
         if isinstance(batches, Sequence) and not len(batches):
             raise TargetError("the target has no batch; at least one is needed; pass samples of what you train for.")
-        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
-            raise ConfigurationError(
-                f"refresh is {refresh!r}; it counts steps and must be an integer of at least 1; 1 is every step."
-            )
-        if batches_per_refresh != "all" and (not isinstance(batches_per_refresh, int) or batches_per_refresh < 1):
-            raise ConfigurationError(
-                f"target_batches is {batches_per_refresh!r}; allowed are integers of at least 1, or 'all'; try 1."
-            )
-        if not 0.0 <= ema < 1.0:
-            raise ConfigurationError(f"ema is {ema!r}; it must lie in [0, 1); 0 switches averaging off.")
+        check_schedule(refresh, batches_per_refresh, ema)
         self.batches = batches
         self.loss_fn = model_loss if loss_fn is None else loss_fn
         self.refresh = refresh

@@ -48,25 +48,14 @@ class ActiveSet(WeightSolver):
         if not constraints.feasible(n):
             return infeasible(alignment)
         problem = UnitProblem.of(gram, alignment, constraints)
-        weights = problem.nearest if start is None else problem.project(start.numpy() / problem.unit)
+        weights = problem.begin(start)
         if problem.residual(weights) <= GOAL:
             return problem.solution(weights, Status.OPTIMAL)
         if start is None and _is_orthant(problem.polyhedron):
             weights = _lawson_hanson(problem)
-        found = polish(
-            problem,
-            weights,
-            1 / problem.norm if problem.norm else _LONG,
-            tolerance=self.tolerance,
-            rounds=self.max_rounds,
-            passes=2 * n + 1,
-        )
+        found = polish(problem, weights, tolerance=self.tolerance, rounds=self.max_rounds, passes=2 * n + 1)
         status = Status.OPTIMAL if found.residual <= self.tolerance else Status.INACCURATE
         return problem.solution(found.weights, Status.UNBOUNDED if found.unbounded else status, found.solves)
-
-
-_LONG = 1e2
-"""Length of a step where K is zero; weights are expected to be of size 1."""
 
 
 def _is_orthant(polyhedron: Polyhedron) -> bool:

@@ -89,7 +89,7 @@ _STATUS = {
 """cvxpy's status -> ours; "infeasible_inaccurate", "unbounded_inaccurate", "solver_error": nothing is known."""
 
 
-def judge(problem: UnitProblem, raw: Any, status: Status, tolerance: float, iterations: int = 0) -> Solution:
+def judge(problem: UnitProblem, raw: Any, status: Status, tolerance: float) -> Solution:
     """The solution that a backend's weights, (n,) at unit scale or None, and its verdict amount to."""
     if status is Status.UNBOUNDED and math.isfinite(problem.polyhedron.radius):
         status = Status.FAILED
@@ -101,7 +101,7 @@ def judge(problem: UnitProblem, raw: Any, status: Status, tolerance: float, iter
     weights = problem.project(np.asarray(raw))  # backends satisfy the constraints to their own tolerance only
     if status is Status.OPTIMAL and problem.residual(weights) > tolerance:
         status = Status.INACCURATE
-    return problem.solution(weights, status, iterations)
+    return problem.solution(weights, status)
 
 
 _DEFAULT_BACKEND = "CLARABEL"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 from typing import Any
 
@@ -69,15 +68,10 @@ _FINE = 1e-10
 
 def _arguments(polyhedron: Polyhedron) -> dict[str, Any]:
     near = polyhedron.without_far_bounds()
-    rows, limits = [near.sides[np.isfinite(near.most)]], [near.most[np.isfinite(near.most)]]
-    rows.append(-near.sides[np.isfinite(near.least)])
-    limits.append(-near.least[np.isfinite(near.least)])
-    if math.isfinite(near.share):
-        rows.append(near.caps())
-        limits.append(np.zeros(near.lower.size))
+    rows, limits = near.inequalities()
     return {
-        "G": np.concatenate(rows) if sum(map(len, rows)) else None,
-        "h": np.concatenate(limits) if sum(map(len, rows)) else None,
+        "G": rows if len(rows) else None,
+        "h": limits if len(rows) else None,
         "A": near.rows if len(near.rows) else None,
         "b": near.values if len(near.rows) else None,
         "lb": near.lower if np.isfinite(near.lower).any() else None,

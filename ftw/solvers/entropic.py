@@ -64,7 +64,7 @@ class Entropic(WeightSolver):
             )
         problem = UnitProblem.of(gram, alignment, constraints)
         mirror = _Mirror(problem, row, total / problem.unit)
-        weights = mirror.first(None if start is None else problem.project(start.numpy() / problem.unit))
+        weights = mirror.first(None if start is None else problem.begin(start))
         return self._iterate(problem, mirror, weights)
 
     def _iterate(self, problem: UnitProblem, mirror: _Mirror, weights: Vector) -> Solution:
@@ -76,14 +76,8 @@ class Entropic(WeightSolver):
             candidate = problem.project(weights)
             found = problem.residual(candidate)
             if self.polish:
-                polished = polish(
-                    problem,
-                    candidate,
-                    1 / problem.norm if problem.norm else _LONG,
-                    tolerance=self.tolerance,
-                    rounds=_ROUNDS,
-                    passes=2 * weights.size + 1,
-                )
+                passes = 2 * weights.size + 1
+                polished = polish(problem, candidate, tolerance=self.tolerance, rounds=_ROUNDS, passes=passes)
                 candidate, found, unbounded = polished.weights, polished.residual, polished.unbounded
             stalls = stalls + 1 if found > 0.5 * residual else 0
             if found < residual or unbounded:
@@ -96,8 +90,6 @@ class Entropic(WeightSolver):
 
 
 _ROUNDS = 8
-_LONG = 1e2
-"""Length of a projected step where K is zero; weights are expected to be of size 1."""
 
 
 @dataclass

@@ -43,8 +43,8 @@ class Polished:
 def polish(
     problem: UnitProblem,
     start: Vector,  # (n,), in the set
-    step: float,  # at most 1 / largest eigenvalue of K
     *,
+    step: float | None = None,
     tolerance: float,
     rounds: int,
     passes: int,
@@ -52,9 +52,13 @@ def polish(
     """The best weights found from `start` in at most `rounds` faces of at most `passes` linear solves each.
 
     Args:
+        step: length of the projected steps that propose a face, at most 1 / largest eigenvalue of K; the default is
+            1 / ||K||_F.
         tolerance: slope, relative to the gradient's size, from which a ray of the set without curvature counts
             as unbounded descent.
     """
+    if step is None:
+        step = 1 / problem.norm if problem.norm else _LONG
     gradient = problem.gradient(start)
     best, best_residual = start, problem.residual(start, gradient)
     weights, solves, stalls = start, 0, 0
@@ -175,6 +179,9 @@ def _ratios(room: Vector, rate: Vector, where: Flags) -> Vector:
     np.maximum(ratios, 0.0, out=ratios)
     return ratios
 
+
+_LONG = 1e2
+"""Length of a projected step where K is zero; weights are expected to be of size 1."""
 
 _LONGER = 4.0
 """Ratio of the lengths tried; the figure matters little."""

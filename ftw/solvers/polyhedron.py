@@ -81,6 +81,15 @@ class Polyhedron:
         """The moving cap as rows: `caps @ w <= 0`."""
         return np.diag(self.members) - self.share * np.outer(self.members, self.members)
 
+    def inequalities(self) -> tuple[Matrix, Vector]:  # (p, n), (p,)
+        """Sides and the moving cap as `G w <= h`; bounds of single weights are not in it."""
+        above, below = np.isfinite(self.most), np.isfinite(self.least)
+        rows, limits = [self.sides[above], -self.sides[below]], [self.most[above], -self.least[below]]
+        if math.isfinite(self.share):
+            rows.append(self.caps())
+            limits.append(np.zeros(self.lower.size))
+        return np.concatenate(rows), np.concatenate(limits)
+
     def without_far_bounds(self) -> Polyhedron:
         """Without bounds that are astronomical beside 1, which at unit scale only ruin a backend's own scaling.
 

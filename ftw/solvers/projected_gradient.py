@@ -59,7 +59,7 @@ class ProjectedGradient(WeightSolver):
         if not constraints.feasible(n):
             return infeasible(alignment)
         problem = UnitProblem.of(gram, alignment, constraints)
-        weights = problem.nearest if start is None else problem.project(start.numpy() / problem.unit)
+        weights = problem.begin(start)
         current, residual = weights, problem.residual(weights)
         iterations, stalls, unbounded = 0, 0, False
         burst = 8 + math.isqrt(n)
@@ -69,7 +69,7 @@ class ProjectedGradient(WeightSolver):
             found = polish(
                 problem,
                 moved,
-                step,
+                step=step,
                 tolerance=self.tolerance,
                 # Where gradient steps identify the face soon, they are cheaper than solves; where they do not
                 # (K graded over many decades), only the exact solves get on, and so are not limited later.

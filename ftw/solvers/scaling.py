@@ -105,6 +105,10 @@ class UnitProblem:
     def project(self, point: Vector) -> Vector:  # (n,) -> (n,)
         return self.constraints.project_array(point * self.unit) / self.unit
 
+    def begin(self, start: Tensor | None) -> Vector:  # (n,) -> (n,)
+        """Where an iteration begins: the set's point nearest to given weights, not scaled, or else to 0."""
+        return self.nearest if start is None else self.project(start.numpy() / self.unit)
+
     def sizes(self, weights: Vector) -> tuple[float, float]:
         """(omega, gamma): what a weight and a gradient are to be compared with; see `kkt_residual`."""
         size = math.sqrt(float(weights @ weights))

@@ -8,11 +8,12 @@ from typing import Any
 from ftw import presets, registry
 from ftw.arguments import at_least, one_of
 from ftw.assembly import GEOMETRIES, OBJECTIVES, REFERENCES
-from ftw.decision import TOTALS
+from ftw.decision import TOTALS, check_budget
 from ftw.errors import ConfigurationError
 from ftw.gradients.coverage import UNCOVERED
 from ftw.gradients.recorder import RESIDUALS
 from ftw.selector import NOTHING_USEFUL
+from ftw.target import check_schedule
 
 _COMPONENTS = {
     "filter": ("filters", None),
@@ -70,14 +71,11 @@ class SelectionArguments:
     seed: int = _help(0, "Of filters that draw at random.")
 
     def __post_init__(self) -> None:
-        budget = self.budget = _number("budget", self.budget)
+        self.budget = _number("budget", self.budget)
         self.trust = _number("trust", self.trust, "adaptive")
         self.target_batches = _number("target_batches", self.target_batches, "all")
-        if not (budget >= 1 if isinstance(budget, int) else 0 < budget <= 1):
-            raise ConfigurationError(
-                f"budget is {budget!r}; allowed are a share of the pool in (0, 1], or a number of candidates from "
-                "1; try 0.25."
-            )
+        check_budget(self.budget)
+        check_schedule(self.refresh, self.target_batches, self.ema)
         for name, (group, word) in _COMPONENTS.items():
             given = getattr(self, name)
             if given is not None and not (isinstance(given, str) and given == word):
@@ -97,17 +95,13 @@ class SelectionArguments:
         one_of("nothing_useful", self.nothing_useful, NOTHING_USEFUL)
         one_of("uncovered", self.uncovered, UNCOVERED)
         one_of("residual", self.residual, RESIDUALS)
-        counts = {"target_batch_size": 1, "refresh": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
+        counts = {"target_batch_size": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
         for name, least in counts.items():
             value = getattr(self, name)
             if name != "memory_cap" or value is not None:
                 at_least(name, value, least)
                 if not isinstance(value, int):
                     raise ConfigurationError(f"{name} is {value!r}; it counts; give an integer.")
-        if not isinstance(self.ema, (int, float)) or not 0 <= self.ema < 1:
-            raise ConfigurationError(f"ema is {self.ema!r}; it must lie in [0, 1); 0 switches averaging off.")
-        if self.target_batches != "all":
-            at_least("target_batches", self.target_batches, 1)
         for name in ("cap", "ridge"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 0)
