@@ -6,7 +6,7 @@ Sees n-dimensional numbers only; called by the selector with what the assembly m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ftw.arguments import at_least, one_of
 from ftw.assembly import OBJECTIVES
 from ftw.errors import ConfigurationError, FilterError, SolverError
+from ftw.filters.all import All
 from ftw.filters.base import Filter
 from ftw.measurement import Measurement
 from ftw.problem import Selection, SelectionProblem, Solution, Status
@@ -171,22 +172,50 @@ class Policy:
             alignment: (n,) of the whole pool.
             mass, generator, absent, extras: as for `decide`.
         """
-        gone = set(absent)
-        full_mass = _normalised(mass, gone)
-        present = torch.tensor([i for i in range(len(mass)) if i not in gone], dtype=torch.long)
-        k = min(_budget(self.budget, len(present)), len(present))
+        present, problem = self._without_gram(alignment, mass, generator, absent, extras)
         if self.filter.needs_gram:
             order = torch.argsort(alignment[present], descending=True, stable=True)
-            return present[order[: 2 * k]].sort().values
+            return present[order[: 2 * problem.budget]].sort().values
+        return present[_check_indices(self.filter(problem), problem, self.filter)]
+
+    def shortlist(
+        self,
+        alignment: Tensor,
+        mass: Tensor,
+        generator: torch.Generator,
+        absent: Sequence[int] = (),
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Tensor, Policy]:
+        """Indices (m,) of those whose K decides, ascending, and the policy that decides among them: exact.
+
+        Args: as for `choose`.
+        """
+        present, problem = self._without_gram(alignment, mass, generator, absent, extras)
+        index, rest = self.filter.shortlist(problem)
+        if rest is None:
+            index = _check_indices(index, problem, self.filter)
+        return present[index].sort().values, replace(self, filter=All() if rest is None else rest)
+
+    def _without_gram(
+        self,
+        alignment: Tensor,
+        mass: Tensor,
+        generator: torch.Generator,
+        absent: Sequence[int],
+        extras: Mapping[str, Sequence[Any]] | None,
+    ) -> tuple[Tensor, SelectionProblem]:
+        """Who is on offer, (m,), and their problem without K."""
+        gone = set(absent)
+        present = torch.tensor([i for i in range(len(mass)) if i not in gone], dtype=torch.long)
         problem = SelectionProblem(
             gram=None,
             alignment=alignment[present],
-            budget=k,
-            mass=full_mass[present],
+            budget=min(_budget(self.budget, len(present)), len(present)),
+            mass=_normalised(mass, gone)[present],
             generator=generator,
             extras={name: [column[i] for i in present.tolist()] for name, column in (extras or {}).items()},
         )
-        return present[_check_indices(self.filter(problem), problem, self.filter)]
+        return present, problem
 
     def share_equally(
         self, chosen: Tensor, scores: Scores, geometry: str, mass: Tensor, absent: Sequence[int] = ()

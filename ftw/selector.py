@@ -8,7 +8,6 @@ Longer than others because of the arguments, which are documented and checked wh
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,17 +23,20 @@ from ftw.arguments import at_least, one_of
 from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle
 from ftw.curvature.base import Curvature
 from ftw.decision import ConstraintMaker, Policy
-from ftw.errors import ConfigurationError, RecordingError
+from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.fidelity import Expectation, Fidelity, TrustRegion, Watcher, total_norm
 from ftw.filters.base import Filter
 from ftw.gradients.base import GradientExtractor
 from ftw.gradients.coverage import CoverageTable, describe
 from ftw.gradients.recorder import Recorder
 from ftw.gradients.rules import LayerRule, rules_for
+from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.optim_state.wrappers import unwrapped
 from ftw.problem import Selection, Status
+from ftw.processes.decide import decide_together
+from ftw.processes.setting import Setting
 from ftw.quotas import WeightQuota
 from ftw.routes import Decided, Step, decide_beyond_cap, decide_samples, decide_tokens, displacement_of
 from ftw.scoring import directions
@@ -115,6 +117,11 @@ class Selector:
             for modules without a rule whose rows do not depend on each other. A `LayerRule` of your own goes here too.
         residual: gradient that no candidate owns: "error", or "keep" to add it unweighted.
         lean: form no pool gradient in the backward. False leaves the trainer's `p.grad` in place until `apply()`.
+        pool: what the candidates of a step are where `torch.distributed` runs several processes: "global" (those of
+            all of them: every process finds the same selection) or "local" (each decides alone, and the weighted
+            gradients are averaged). Either way `apply()` leaves the same gradient on all, and nothing else must
+            synchronise it; a `DistributedDataParallel` model is given as it is. See docs/processes.md.
+        process_group: the data-parallel processes; default: all.
         check: audit identity and completeness in the first record.
         seed: of the generator that random filters draw from.
 
@@ -160,6 +167,8 @@ class Selector:
         functional: Sequence[str | type[nn.Module] | LayerRule] = (),
         residual: str = "error",
         lean: bool = True,
+        pool: str = "global",
+        process_group: torch.distributed.ProcessGroup | None = None,
         check: bool = True,
         seed: int = 0,
     ) -> None:
@@ -232,7 +241,16 @@ class Selector:
             self.target = target
         else:
             self.target = Target(target, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
-        self.model = model
+        self._processes = Setting(model, pool, process_group)
+        self._processes.check(
+            extractor=gradients,
+            curvature=curvature,
+            granularity=granularity,
+            memory_cap=memory_cap,
+            uncovered=uncovered,
+            watched=bool(watch) or isinstance(trust, TrustRegion),
+        )
+        self.model = model = self._processes.model
         self._given = optimizer
         optimizer = self.optimizer
         self.policy = Policy(
@@ -285,8 +303,6 @@ class Selector:
         self._watcher: Watcher | None = None
         if watch or self._trust_region is not None:
             self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _warn_of_processes(torch.distributed.get_world_size())
         self._step = 0
         self._masses: list[Tensor] = []
         self._extras: list[Mapping[str, Any]] = []
@@ -294,6 +310,7 @@ class Selector:
         self._scaled = False
         self._equal_mass = True
         self._decided: Decided | None = None
+        self._further: list[dict[Parameter, Tensor]] = []  # of several targets
         self._writer = Writer(self._recorder, scales_uncovered=uncovered == "scale")
         self._g: dict[Parameter, Tensor] | None = None  # the target gradient of this window
         self._early: dict[Parameter, Tensor] | None = None  # the same, where it was needed before the backward
@@ -358,7 +375,8 @@ class Selector:
     def _record(
         self, before: int, scale: float, mass: Any, candidates: Any, extras: Mapping[str, Any]
     ) -> Iterator[None]:
-        with self._recorder.record(loss_scale=scale, candidates=candidates):
+        parts = scale * self._processes.share
+        with self._processes.unsynchronised(), self._recorder.record(loss_scale=parts, candidates=candidates):
             yield
             if before and (mass is None) != self._equal_mass:
                 raise ConfigurationError(
@@ -475,7 +493,7 @@ class Selector:
                 "apply() or select() was called inside record(), where the backward may still be under way; leave the "
                 "block first."
             )
-        if not self._recorder.count:
+        if not self._recorder.count and self._processes.group is None:
             raise RecordingError(
                 "nothing was recorded since the last step; run forward and backward inside `with selector.record():` "
                 "before apply() or select()."
@@ -491,13 +509,17 @@ class Selector:
         return decided
 
     def _decide_window(self) -> Decided:
-        step = self._coming_step()
-        if self._recorder.window.alignment is not None:
-            decided = decide_beyond_cap(step)
-        elif self.granularity == "token":
-            decided = decide_tokens(step)
+        group = self._processes.group
+        if group is None:
+            decided = self._decide_alone(self._coming_step())
+        elif self._processes.pools:
+            decided = decide_together(self._coming_step(), group)
         else:
-            decided = decide_samples(step)
+            with group.together("deciding about its own candidates"):
+                step = self._coming_step()
+                decided = self._decide_alone(step) if self._recorder.count else Decided(step.nothing(), None)
+            if any(group.gather(decided.selection.status == Status.OVERFLOW)):
+                decided = step.overflow(decided.contributions)
         selection = decided.selection
         if selection.status == Status.OVERFLOW:
             self._restore(self._before)
@@ -509,6 +531,11 @@ class Selector:
                 decided = decided._replace(selection=replace(selection, predicted_drop=0.0))
         return decided
 
+    def _decide_alone(self, step: Step) -> Decided:
+        if self._recorder.window.alignment is not None:
+            return decide_beyond_cap(step)
+        return decide_tokens(step) if self.granularity == "token" else decide_samples(step)
+
     def _coming_step(self) -> Step:
         rate = max((float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr")), default=0.0)
         names = self._extras[0] if self._extras else {}
@@ -519,11 +546,11 @@ class Selector:
             preconditioner=self.preconditioner,
             policy=self.policy,
             target=self._target(),
-            further=self.target.gradients if isinstance(self.target, Targets) else (),
+            further=self._further,
             names=self.target.names if isinstance(self.target, Targets) else (),
             geometry=self._geometry(),
             reference=self.reference,
-            mass=torch.cat(self._masses),
+            mass=torch.cat(self._masses) if self._masses else torch.zeros(0, dtype=torch.float64),
             extras={"learning_rate": [rate] * self._recorder.count, **given},
             generator=self._generator,
             curvature=self.curvature,
@@ -532,6 +559,7 @@ class Selector:
             early=self._early is not None,
             uncovered=self._writer.uncovered,
             proved=self._writer.proved,
+            residual=self._recorder.residual,
         )
 
     def _snapshot(self) -> Snapshot:
@@ -562,8 +590,12 @@ class Selector:
             return self._early
         if self._g is None:
             names = {name: p for p, name in self._recorder.parameters.items()}
-            with self._recorder.autocast():
-                self._g = self.target.gradient(self.model, names)
+            with self._processes.together("working out its target's gradient"), self._recorder.autocast():
+                g = self.target.gradient(self.model, names)
+            self._further = self.target.gradients if isinstance(self.target, Targets) else []
+            if self._processes.pools:
+                g, *self._further = (self._processes.mean(each) for each in (g, *self._further))
+            self._g = g
         return self._g
 
     def _geometry(self) -> str:
@@ -611,8 +643,9 @@ class Selector:
         self._watcher.expect(Expectation(selection, self.policy.trust, total_norm(written), displacement))
 
     def _target_loss(self) -> float:
-        with self._recorder.autocast():
-            return self.target.loss(self.model)
+        with self._processes.together("working out its target's loss"), self._recorder.autocast():
+            loss = self.target.loss(self.model)
+        return self._processes.mean_number(loss) if self._processes.pools else loss
 
     def _learn(self, fidelity: Fidelity) -> None:
         self.fidelity = fidelity
@@ -622,22 +655,39 @@ class Selector:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def _write(self, decided: Decided) -> None:
-        selection = decided.selection
-        recorded = list(self._recorder.parameters)
-        gradients: dict[Parameter, Tensor | None]
-        if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
-            gradients = dict.fromkeys([*recorded, *self._writer.uncovered])
-        elif (
-            selection.status == Status.OVERFLOW and decided.contributions is None
-        ):  # an overflow beyond the memory cap: the scaler must see one
-            gradients = {p: torch.full_like(p, float("inf")) for p in recorded}
+        group = self._processes.group
+        if group is None:
+            gradients = self._gradients(decided)
         else:
-            gradients = dict(self._writer.combine(decided, self._loss_scale, self._scaled))
+            with group.together("forming its part of the weighted gradient"):
+                own = self._gradients(decided)
+                if self.uncovered == "ignore":
+                    unweighted = {p: p.grad for p in self._recorder.uncovered if p.grad is not None}
+                    own |= {p: gradient / self._processes.share for p, gradient in unweighted.items()}
+            order = [*self._recorder.parameters, *self._recorder.uncovered]
+            gradients = self._processes.averaged(own, order)
+            routine = any(group.gather(self._scaled)) or decided.selection.status == Status.OVERFLOW
+            if not routine and not all_finite(g for g in gradients.values() if g is not None):
+                raise NonFiniteError(
+                    "the sum of the processes' weighted gradients overflows; it was not written; discard() this step "
+                    "on all of them, and lower the loss or the cap."
+                )
         for p, gradient in gradients.items():
             if gradient is None or p.grad is None:
                 p.grad = gradient
             else:
                 p.grad.copy_(gradient)
+
+    def _gradients(self, decided: Decided) -> dict[Parameter, Tensor | None]:
+        """What this process's candidates give; None: no gradient at all."""
+        selection = decided.selection
+        recorded = list(self._recorder.parameters)
+        if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
+            return dict.fromkeys([*recorded, *self._writer.uncovered])
+        if selection.status == Status.OVERFLOW and decided.contributions is None:
+            # an overflow beyond the memory cap: the scaler must see one
+            return {p: torch.full_like(p, float("inf")) for p in recorded}
+        return dict(self._writer.combine(decided, self._loss_scale, self._scaled))
 
     def _clear(self) -> None:
         self._recorder.clear()
@@ -645,6 +695,8 @@ class Selector:
         self._masses, self._extras = [], []
         self._decided = None
         self._g = self._early = None
+        self._further = []
+        self._scaled = False
 
 
 def _columns(extras: Mapping[str, Any], count: int, before: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -681,15 +733,6 @@ def _refuse_whole_window(curvature: Any, relinearise: bool, other: str) -> None:
         raise ConfigurationError(
             f"{given} was given together with {other}; it reads the contributions of whole samples of the whole "
             "window; leave one of the two out."
-        )
-
-
-def _warn_of_processes(size: int) -> None:
-    if size > 1:
-        warnings.warn(
-            f"the selector runs in one of {size} processes and knows its own alone: apply() reduces nothing; record "
-            "inside no_sync() and average p.grad over the processes after apply(), or they will diverge.",
-            stacklevel=3,
         )
 
 
