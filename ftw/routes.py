@@ -43,9 +43,7 @@ class Decided(NamedTuple):
     selection: Selection
     contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
     members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
-    total: Mapping[Parameter, Tensor] | None = (
-        None  # the reference gradient, where it is not the sum of `contributions`
-    )
+    total: Mapping[Parameter, Tensor] | None = None  # reference gradient, where it is not the sum of `contributions`
     relinearised: bool = False
     gradient: Mapping[Parameter, Tensor] | None = None  # sum_i w_i c_i, where a second backward has formed it
     residual: Mapping[Parameter, Tensor] | None = None  # of all processes, where there are several

@@ -664,8 +664,11 @@ class Selector:
                 if self.uncovered == "ignore":
                     unweighted = {p: p.grad for p in self._recorder.uncovered if p.grad is not None}
                     own |= {p: gradient / self._processes.share for p, gradient in unweighted.items()}
-            order = [*self._recorder.parameters, *self._recorder.uncovered]
+            # A gradient that the decision was read from is the sum over processes already.
+            summed = self._processes.pools and decided.gradient is not None
+            order = [*(() if summed else self._recorder.parameters), *self._recorder.uncovered]
             gradients = self._processes.averaged(own, order)
+            decided.selection.diagnostics["sent_bytes"] = group.take_sent()
             routine = any(group.gather(self._scaled)) or decided.selection.status == Status.OVERFLOW
             if not routine and not all_finite(g for g in gradients.values() if g is not None):
                 raise NonFiniteError(

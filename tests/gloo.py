@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ def serve(scenarios: Mapping[str, Callable[[int], dict[str, Any]]]) -> None:
     """`python FILE SCENARIO RANK WORLD FOLDER`: run a scenario, and write what it found to FOLDER/RANK.json."""
     name, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LIMIT - 20)  # says where it hangs
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT))
     found = scenarios[name](rank)

@@ -114,12 +114,15 @@ def decide_together(step: Step, group: Group) -> Decided:
         reference = {p: torch.where(used[p] == 0, whole[p], used[p]) for p in used}
         step.generator.set_state(drawn)
         relinearised = True
-        selection = _Decision(replace(step, reference="pool"), group, pool, contributions, reference).selection
+        decision = _Decision(replace(step, reference="pool"), group, pool, contributions, reference)
+        selection = decision.selection
     selection.diagnostics.update(quarantined=pool.faulty, own=(int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0))
     if step.names:
         drops = selection.diagnostics["predicted_drops"]
         selection.diagnostics["predicted_drops"] = dict(zip(step.names, drops, strict=True))
-    return Decided(selection, contributions, own, reference, relinearised=relinearised, residual=step.residual)
+    return Decided(
+        selection, contributions, own, reference, relinearised, gradient=decision.gradient, residual=step.residual
+    )
 
 
 class _Decision:
@@ -135,6 +138,7 @@ class _Decision:
     ) -> None:
         self._step, self._group, self._pool = step, group, pool
         self._contributions, self._total = contributions, total
+        self.gradient: dict[Parameter, Tensor] | None = None  # the sum over processes, where it is known
         policy = step.policy
         absent = list(pool.faulty)
         # A candidate without gradient (all its labels masked) would take weight from the others for nothing.
@@ -231,6 +235,7 @@ class _Decision:
         parts = step.optimizer, step.preconditioner, step.target, step.residual, step.reference, self._total
         bend = curvature(combined, *parts)
         selection.diagnostics["curvature"] = bend
+        self.gradient = combined
         return replace(selection, predicted_drop=selection.diagnostics["first_order"] - bend)
 
 

@@ -1,7 +1,7 @@
 """The data-parallel processes of a run: the few collectives that the selector needs.
 
-Called by the selector and by `ftw.processes.decide`. Every method but `rank` and `size` is collective: all processes
-call it, in the same order.
+Called by the selector and by `ftw.processes.decide`. Every method is collective unless it says
+otherwise: all processes call it, in the same order.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Group:
         self.sent = 0
         on_cpu = "gloo" in dist.get_backend_config(group) or "mpi" in dist.get_backend_config(group)
         self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+    def take_sent(self) -> int:
+        """`sent` so far; counting begins anew. Not collective."""
+        sent, self.sent = self.sent, 0
+        return sent
 
     def gather(self, value: Any) -> list[Any]:
         """What every process says, in the order of ranks: numbers, strings, None, lists and mappings of them."""

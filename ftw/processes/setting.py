@@ -15,6 +15,7 @@ from ftw import registry
 from ftw.arguments import one_of
 from ftw.errors import ConfigurationError
 from ftw.gradients.base import GradientExtractor
+from ftw.optim_state.shards import is_sharded
 from ftw.processes.group import Group
 
 POOLS = ("global", "local")
@@ -40,6 +41,11 @@ class Setting:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.group = Group(group) if running and torch.distributed.get_world_size(group) > 1 else None
+        if self.group is not None and (_is_fsdp(model) or any(map(is_sharded, model.parameters()))):
+            raise ConfigurationError(
+                f"the model's parameters are sharded over {self.group.size} processes (FSDP); each must hold a replica "
+                "of the model; use DistributedDataParallel."
+            )
         self.pools = pool == "global" and self.group is not None
 
     @property
@@ -120,3 +126,8 @@ class Setting:
             for gradient in summed.values():
                 gradient.div_(self.group.size)
         return {**gradients, **summed}
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP holds the model together; its modules are slow to import, and are not where it is not used."""
+    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(model).__mro__)
