@@ -592,9 +592,14 @@ class Selector:
             names = {name: p for p, name in self._recorder.parameters.items()}
             with self._processes.together("working out its target's gradient"), self._recorder.autocast():
                 g = self.target.gradient(self.model, names)
-            self._further = self.target.gradients if isinstance(self.target, Targets) else []
-            if self._processes.pools:
-                g, *self._further = (self._processes.mean(each) for each in (g, *self._further))
+            several = self.target if isinstance(self.target, Targets) else None
+            self._further = [] if several is None else several.gradients
+            if self._processes.pools and several is not None:
+                each = zip(several.gradients, several.each.values(), strict=True)
+                self._further = [self._processes.mean(gradient, target.rows) for gradient, target in each]
+                g = several.mean(self._further)
+            elif self._processes.pools:
+                g = self._processes.mean(g, self.target.rows)
             self._g = g
         return self._g
 
@@ -645,7 +650,7 @@ class Selector:
     def _target_loss(self) -> float:
         with self._processes.together("working out its target's loss"), self._recorder.autocast():
             loss = self.target.loss(self.model)
-        return self._processes.mean_number(loss) if self._processes.pools else loss
+        return self._processes.mean_number(loss, self.target.rows) if self._processes.pools else loss
 
     def _learn(self, fidelity: Fidelity) -> None:
         self.fidelity = fidelity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -44,13 +45,18 @@ def run(program: str, scenario: str, folder: Path, world: int = 2) -> list[Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve is no obstacle then
+    with socket.socket() as probe:  # for libraries that go by the environment, as torchrun sets it
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = [folder / f"{rank}.log" for rank in range(world)]
     processes = []
     try:
         for rank in range(world):
             with logs[rank].open("w") as log:
                 command = [sys.executable, program, scenario, str(rank), str(world), str(folder)]
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
         end = time.monotonic() + LIMIT
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             if any(process.poll() for process in processes):  # a code other than 0

@@ -88,15 +88,17 @@ class Setting:
         with self.group.together(doing):
             yield
 
-    def mean(self, gradient: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-        """The mean over processes."""
+    def mean(self, gradient: Mapping[Parameter, Tensor], rows: float) -> dict[Parameter, Tensor]:
+        """The mean over the processes' samples, of which this one's gradient is the mean of `rows`."""
         assert self.group is not None
-        return {p: total.div_(self.group.size) for p, total in self.group.sum(gradient).items()}
+        share = rows / sum(self.group.gather(rows))
+        return self.group.sum({p: g * share for p, g in gradient.items()})
 
-    def mean_number(self, number: float) -> float:
-        """The mean over processes."""
+    def mean_number(self, number: float, rows: float) -> float:
+        """As `mean`."""
         assert self.group is not None
-        return sum(self.group.gather(number)) / self.group.size
+        said = self.group.gather([number, rows])
+        return float(sum(each * count for each, count in said)) / sum(count for _, count in said)
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
