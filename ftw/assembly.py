@@ -306,10 +306,11 @@ def _is_like(value: Any, theta: Tensor) -> bool:
 
 
 def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Parameter, Mapping[str, Any]]:
-    """Parameter -> its group. Where all learning rates are 0 (the first step of a linear warm-up), they read as 1.
+    """Parameter -> its group. Where all learning rates are 0 (the first step of a linear warm-up), they read as the
+    rates that a scheduler starts from (`initial_lr`), or as 1 where there are none.
 
-    Everything is linear in the learning rate, so that the weights are those of any small rate, and the moments of
-    the optimizer are fed as well as in any other step.
+    Weights depend on the ratios of the groups' rates alone, so that they are those of the warm-up's next step, and the
+    moments of the optimizer are fed as well as in any other step.
     """
     groups: dict[Parameter, Mapping[str, Any]] = {p: group for group in optimizer.param_groups for p in group["params"]}
     if any(p not in groups for p in parameters):
@@ -318,7 +319,13 @@ def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Par
             "to the optimizer it was recorded for; discard() it first."
         )
     if is_idle(optimizer):
-        groups = {p: {**group, "lr": 1.0} for p, group in groups.items()}
+        started = [float(group.get("initial_lr") or 0.0) for group in optimizer.param_groups]
+        scheduled = any(started)
+        groups = {
+            p: {**group, "lr": rate if scheduled else 1.0}
+            for group, rate in zip(optimizer.param_groups, started, strict=True)
+            for p in group["params"]
+        }
     return groups
 
 

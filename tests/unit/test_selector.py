@@ -815,6 +815,25 @@ def test_a_learning_rate_of_zero_still_feeds_the_optimizer(kind: str) -> None:
     torch.testing.assert_close(found[0].weights, found[1].weights, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_learning_rate_of_zero_keeps_the_ratio_of_the_groups(kind: str) -> None:
+    """Of the rates that the warm-up goes to, which the scheduler has noted."""
+    found = []
+    for factor in (0.0, 0.5):
+        model = MLP()
+        make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
+        rest = [p for name, p in model.named_parameters() if not name.startswith("first")]
+        groups = [{"params": model.first.parameters(), "lr": 1e-6}, {"params": rest}]
+        optimizer = make(groups, lr=0.01)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, factor=factor: factor)  # type: ignore[misc]
+        selector = selector_for(model, optimizer, warmup=0)
+        with selector.record():
+            loss_of(model, data()).backward()
+        found.append(selector.apply())
+    assert found[0].predicted_drop == 0.0
+    torch.testing.assert_close(found[0].weights, found[1].weights, rtol=1e-6, atol=1e-9)
+
+
 def test_parameter_groups_may_differ_and_change() -> None:
     model = MLP()
     optimizer = torch.optim.SGD(
