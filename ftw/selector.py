@@ -297,6 +297,8 @@ class Selector:
         self._writer = Writer(self._recorder, scales_uncovered=uncovered == "scale")
         self._g: dict[Parameter, Tensor] | None = None  # the target gradient of this window
         self._early: dict[Parameter, Tensor] | None = None  # the same, where it was needed before the backward
+        self._early_geometry: str | None = None
+        self._unreached: frozenset[str] = frozenset()  # names of parameters that the last window had no gradient of
         self._before = self._snapshot()
 
     @property
@@ -438,6 +440,7 @@ class Selector:
             "target": self.target.state_dict(),
             "trust": self.policy.trust,
             "curvature": None if self.curvature is None else self.curvature.state_dict(),
+            "unreached": sorted(self._unreached),
             "autocast": None if autocast is None else (autocast[0], str(autocast[1]).removeprefix("torch.")),
         }
 
@@ -464,6 +467,7 @@ class Selector:
         if self._watcher is not None:
             self._watcher.forget()
         self._step, self._generator = step, generator
+        self._unreached = frozenset(state.get("unreached", ()))
         autocast = state.get("autocast")
         self._recorder.autocast_state = None if autocast is None else (autocast[0], getattr(torch, autocast[1]))
 
@@ -487,6 +491,8 @@ class Selector:
         except BaseException:
             self._undo()
             raise
+        touched = self._recorder.window.touched
+        self._unreached = frozenset(name for p, name in self._recorder.parameters.items() if p not in touched)
         self._decided = decided
         return decided
 
@@ -556,7 +562,7 @@ class Selector:
     def _forget_early(self) -> None:
         if self._early is not None:
             self._restore(self._before)
-            self._early, self._recorder.direction = None, None
+            self._early = self._early_geometry = self._recorder.direction = None
 
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
@@ -568,11 +574,18 @@ class Selector:
                 self._g = self.target.gradient(self.model, names)
         return self._g
 
-    def _geometry(self) -> str:
-        """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
-        recorded = list(self._recorder.parameters)
-        groups = groups_of(self.optimizer, recorded)
-        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in recorded]
+    def _geometry(self, coming: bool = False) -> str:
+        """The geometry of the coming step: vanilla while M's history is too short to be trusted.
+
+        Only parameters that the window has reached count, for others (a head that is never used) may never get a
+        history. Of a `coming` window, before its backward, those that the last one has reached, and new ones.
+        """
+        if self._early_geometry is not None:
+            return self._early_geometry
+        touched, recorded = self._recorder.window.touched, self._recorder.parameters
+        reached = [p for p, name in recorded.items() if (name not in self._unreached if coming else p in touched)]
+        groups = groups_of(self.optimizer, reached)
+        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in reached]
         return "vanilla" if any(age is not None and age < self.warmup for age in ages) else self.geometry
 
     def _begin_window(self) -> None:
@@ -589,12 +602,13 @@ class Selector:
     def _prepare_direction(self) -> None:
         try:
             self._early = self._target()
+            self._early_geometry = self._geometry(coming=True)
             self._recorder.direction = directions(
-                self._early, self.optimizer, self.preconditioner, self._early, self._geometry(), self.reference
+                self._early, self.optimizer, self.preconditioner, self._early, self._early_geometry, self.reference
             )
         except BaseException:
             self._restore(self._before)
-            self._early = None
+            self._early = self._early_geometry = None
             raise
 
     # -- fidelity --------------------------------------------------------------------------------------------------
@@ -646,7 +660,7 @@ class Selector:
         self._recorder.direction = None
         self._masses, self._extras = [], []
         self._decided = None
-        self._g = self._early = None
+        self._g = self._early = self._early_geometry = None
 
 
 def _columns(extras: Mapping[str, Any], count: int, before: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

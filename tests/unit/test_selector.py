@@ -463,6 +463,44 @@ def test_warmup_uses_vanilla_geometry_until_the_optimizer_has_history() -> None:
     assert sgd.apply().diagnostics["geometry"] == "curvature"
 
 
+class Headed(MLP):
+    """A model with a layer that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(3, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"reference": "target", "memory_cap": 10**6}], ids=["after", "before"])
+def test_warmup_waits_for_what_is_trained_and_not_for_what_is_never_reached(options: dict[str, Any]) -> None:
+    """The geometry is needed after the backward, or, where a cap may force contributions to be dropped, before it."""
+    runs = []
+    for stop in (None, 4):
+        model = Headed()
+        model.last.requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        selector = selector_for(model, optimizer, warmup=2, **options)
+        seen = []
+        for step in range(9):
+            if step == stop:
+                state = selector.state_dict()
+                selector.close()
+                selector = selector_for(model, optimizer, warmup=2, **options)
+                selector.load_state_dict(state)
+            if step == 6:
+                model.last.requires_grad_(True)
+            with selector.record():
+                loss_of(model, data(8, step)).backward()
+            seen.append(selector.apply().diagnostics["geometry"])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.unused.weight not in optimizer.state
+        runs.append(seen)
+    early = ["vanilla"] * 2 + ["curvature"] * 4
+    assert runs[0] == [*early, "vanilla", "vanilla", "curvature"]
+    assert runs[1] == runs[0]
+
+
 def test_components_by_name_class_and_instance() -> None:
     model = MLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
