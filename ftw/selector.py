@@ -334,6 +334,7 @@ class Selector:
 
         Raises:
             ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
+            UnsupportedOptimizerError: the optimizer has got an option that is not modelled since the last window.
         """
         self.policy.filter.require_columns({"learning_rate", *(extras or {})})
         if self._decided is not None:  # select() ended that window
@@ -589,7 +590,11 @@ class Selector:
         return "vanilla" if any(age is not None and age < self.warmup for age in ages) else self.geometry
 
     def _begin_window(self) -> None:
-        """Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward."""
+        """The optimizer is looked at again: groups are added, and options changed, in the middle of a run.
+
+        Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward.
+        """
+        self.preconditioner.check(self.optimizer)
         if self._recorder.memory_cap is None or self.reference == "pool":
             return
         self._recorder.refresh_layers()

@@ -463,6 +463,31 @@ def test_warmup_uses_vanilla_geometry_until_the_optimizer_has_history() -> None:
     assert sgd.apply().diagnostics["geometry"] == "curvature"
 
 
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ({"maximize": True}, "SGD maximises in some parameter groups and minimises in others"),
+        ({"dampening": 1.0}, "dampening=1.0 in parameter group 1"),
+        ({"differentiable": True}, "differentiable=True in parameter group 1"),
+    ],
+)
+def test_a_group_that_is_added_later_is_checked_like_the_first(late: dict[str, Any], said: str) -> None:
+    model = MLP()
+    optimizer = torch.optim.SGD(model.first.parameters(), lr=0.01, momentum=0.9)
+    selector = selector_for(model, optimizer)
+    with selector.record():
+        loss_of(model, data()).backward()
+    selector.apply()
+    model.zero_grad()
+    optimizer.add_param_group({"params": model.last.parameters(), **late})
+    with pytest.raises(UnsupportedOptimizerError, match=said), selector.record():
+        loss_of(model, data()).backward()
+    optimizer.param_groups[1].update(maximize=False, dampening=0.0, differentiable=False)
+    with selector.record():
+        loss_of(model, data()).backward()
+    assert selector.apply().status == ftw.Status.OPTIMAL
+
+
 class Headed(MLP):
     """A model with a layer that no forward reaches."""
 
