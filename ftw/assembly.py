@@ -294,11 +294,17 @@ def _apart(contributions: Contributions, part: _Part) -> Iterator[_Part]:
 
 def _kind(theta: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """What small parameters must share for one update to serve them side by side."""
-    shared = tuple(
-        (key, None if _is_like(value, theta) else value.item() if isinstance(value, Tensor) else value)
-        for key, value in sorted(state.items())
-    )
+    shared = tuple((key, _mark(value, theta)) for key, value in sorted(state.items(), key=lambda item: str(item[0])))
     return id(group), theta.device, theta.dtype, shared
+
+
+def _mark(value: Any, theta: Tensor) -> Any:
+    """Alike where one entry of the state may stand for the other; entries like the parameter are joined instead."""
+    if _is_like(value, theta):
+        return ...
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def _is_like(value: Any, theta: Tensor) -> bool:

@@ -488,6 +488,48 @@ def test_a_group_that_is_added_later_is_checked_like_the_first(late: dict[str, A
     assert selector.apply().status == ftw.Status.OPTIMAL
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [[1, 2], {"of": 3}, torch.ones(7), torch.ones(1), "name", None, 0.5],
+    ids=lambda entry: type(entry).__name__,
+)
+def test_entries_of_the_state_that_are_someone_else_s_play_no_part(entry: Any) -> None:
+    """A logger's notes, say, under keys of any kind."""
+    weights = []
+    for noted in (False, True):
+        model = MLP()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        selector = selector_for(model, optimizer, warmup=0)
+        for step in range(2):
+            with selector.record():
+                loss_of(model, data(8, step)).backward()
+            found = selector.apply()
+            optimizer.step()
+            optimizer.zero_grad()
+            for p in model.parameters() if noted else ():
+                optimizer.state[p].update({"note": entry, 3: entry})
+        weights.append(found.weights)
+    assert torch.equal(*weights)
+
+
+def test_small_parameters_side_by_side_where_only_one_has_a_buffer() -> None:
+    """torch has saved `momentum_buffer: None` for parameters that were not stepped: no buffer of zeros."""
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, dampening=0.5)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = None
+    optimizer.state[model.first.bias]["momentum_buffer"] = torch.ones_like(model.first.bias)
+    g = torch.autograd.grad(loss_of(model, data(5, 100)), list(model.parameters()))
+    selector = selector_for(model, optimizer)
+    with selector.record():
+        loss_of(model, data()).backward()
+    foreseen = selector.apply().diagnostics["first_order"]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    moved = [old - p.detach() for old, p in zip(before, model.parameters(), strict=True)]
+    assert foreseen == pytest.approx(sum(float((a * b).sum()) for a, b in zip(g, moved, strict=True)), rel=1e-10)
+
+
 class Headed(MLP):
     """A model with a layer that no forward reaches."""
 
