@@ -314,6 +314,8 @@ class Selector:
         self._writer = Writer(self._recorder, scales_uncovered=uncovered == "scale")
         self._g: dict[Parameter, Tensor] | None = None  # the target gradient of this window
         self._early: dict[Parameter, Tensor] | None = None  # the same, where it was needed before the backward
+        self._early_geometry: str | None = None
+        self._unreached: frozenset[str] = frozenset()  # names of parameters that the last window had no gradient of
         self._before = self._snapshot()
 
     @property
@@ -349,6 +351,7 @@ class Selector:
 
         Raises:
             ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
+            UnsupportedOptimizerError: the optimizer has got an option that is not modelled since the last window.
         """
         self.policy.filter.require_columns({"learning_rate", *(extras or {})})
         if self._decided is not None:  # select() ended that window
@@ -456,6 +459,7 @@ class Selector:
             "target": self.target.state_dict(),
             "trust": self.policy.trust,
             "curvature": None if self.curvature is None else self.curvature.state_dict(),
+            "unreached": sorted(self._unreached),
             "autocast": None if autocast is None else (autocast[0], str(autocast[1]).removeprefix("torch.")),
         }
 
@@ -482,6 +486,7 @@ class Selector:
         if self._watcher is not None:
             self._watcher.forget()
         self._step, self._generator = step, generator
+        self._unreached = frozenset(state.get("unreached", ()))
         autocast = state.get("autocast")
         self._recorder.autocast_state = None if autocast is None else (autocast[0], getattr(torch, autocast[1]))
 
@@ -505,6 +510,8 @@ class Selector:
         except BaseException:
             self._undo()
             raise
+        touched = self._recorder.window.touched
+        self._unreached = frozenset(name for p, name in self._recorder.parameters.items() if p not in touched)
         self._decided = decided
         return decided
 
@@ -527,7 +534,9 @@ class Selector:
             self._step += 1
             selection.diagnostics["step"] = self._step
             if is_idle(self.optimizer):
-                selection.diagnostics.update(first_order=0.0, curvature=0.0, offset_drop=0.0)
+                nothing: dict[str, Any] = {"first_order": 0.0, "curvature": 0.0, "offset_drop": 0.0}
+                nothing |= {"curvature_parts": (0.0,) * 3, "predicted_drops": dict.fromkeys(step.names, 0.0)}
+                selection.diagnostics.update({k: v for k, v in nothing.items() if k in selection.diagnostics})
                 decided = decided._replace(selection=replace(selection, predicted_drop=0.0))
         return decided
 
@@ -582,7 +591,7 @@ class Selector:
     def _forget_early(self) -> None:
         if self._early is not None:
             self._restore(self._before)
-            self._early, self._recorder.direction = None, None
+            self._early = self._early_geometry = self._recorder.direction = None
 
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
@@ -603,15 +612,26 @@ class Selector:
             self._g = g
         return self._g
 
-    def _geometry(self) -> str:
-        """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
-        recorded = list(self._recorder.parameters)
-        groups = groups_of(self.optimizer, recorded)
-        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in recorded]
+    def _geometry(self, coming: bool = False) -> str:
+        """The geometry of the coming step: vanilla while M's history is too short to be trusted.
+
+        Only parameters that the window has reached count, for others (a head that is never used) may never get a
+        history. Of a `coming` window, before its backward, those that the last one has reached, and new ones.
+        """
+        if self._early_geometry is not None:
+            return self._early_geometry
+        touched, recorded = self._recorder.window.touched, self._recorder.parameters
+        reached = [p for p, name in recorded.items() if (name not in self._unreached if coming else p in touched)]
+        groups = groups_of(self.optimizer, reached)
+        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in reached]
         return "vanilla" if any(age is not None and age < self.warmup for age in ages) else self.geometry
 
     def _begin_window(self) -> None:
-        """Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward."""
+        """The optimizer is looked at again: groups are added, and options changed, in the middle of a run.
+
+        Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward.
+        """
+        self.preconditioner.check(self.optimizer)
         if self._recorder.memory_cap is None or self.reference == "pool":
             return
         self._recorder.refresh_layers()
@@ -624,12 +644,13 @@ class Selector:
     def _prepare_direction(self) -> None:
         try:
             self._early = self._target()
+            self._early_geometry = self._geometry(coming=True)
             self._recorder.direction = directions(
-                self._early, self.optimizer, self.preconditioner, self._early, self._geometry(), self.reference
+                self._early, self.optimizer, self.preconditioner, self._early, self._early_geometry, self.reference
             )
         except BaseException:
             self._restore(self._before)
-            self._early = None
+            self._early = self._early_geometry = None
             raise
 
     # -- fidelity --------------------------------------------------------------------------------------------------
@@ -702,7 +723,7 @@ class Selector:
         self._recorder.direction = None
         self._masses, self._extras = [], []
         self._decided = None
-        self._g = self._early = None
+        self._g = self._early = self._early_geometry = None
         self._further = []
         self._scaled = False
 

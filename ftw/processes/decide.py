@@ -88,18 +88,23 @@ def decide_together(step: Step, group: Group) -> Decided:
             "names": len(order),
             "reached": [i for i, p in enumerate(order) if p in recorder.window.touched],
             "residual": [i for i, p in enumerate(order) if p in step.residual],
+            "geometry": step.geometry,
             "scale": [recorder.loss_scale, step.scaled] if recorder.count else None,
         }
-    pool = _pool(group.gather(said), order)
+    everybody = group.gather(said)
+    pool = _pool(everybody, order)
+    # Vanilla is what a parameter without history asks for, on whatever process it was reached.
+    geometry = next((each["geometry"] for each in everybody if each["geometry"] == "vanilla"), step.geometry)
     own = pool.own(group.rank)
     if pool.faulty and step.scaled:
-        return Decided(step.policy.overflow(pool.count, step.geometry), recorder.contributions(), own)
+        return Decided(step.policy.overflow(pool.count, geometry), recorder.contributions(), own)
     if len(pool.faulty) == pool.count:
         raise NonFiniteError(
             f"all {pool.count} candidates of the pool have NaN or infinite contributions; there is nothing to select; "
             "lower the learning rate or look at the loss."
         )
-    step = replace(step, mass=pool.mass, extras=pool.extras, residual=_summed(step.residual, pool.residual, group))
+    residual = _summed(step.residual, pool.residual, group)
+    step = replace(step, geometry=geometry, mass=pool.mass, extras=pool.extras, residual=residual)
     if step.reference == "target" or step.preconditioner.structure == "scalar":
         reference: dict[Parameter, Tensor] | None = None
     else:
