@@ -38,6 +38,7 @@ from ftw.problem import Selection, Status
 from ftw.processes.decide import decide_together
 from ftw.processes.setting import Setting
 from ftw.quotas import WeightQuota
+from ftw.ridges import RidgeTowards
 from ftw.routes import Decided, Step, decide_beyond_cap, decide_samples, decide_tokens, displacement_of
 from ftw.scoring import directions
 from ftw.solvers.base import WeightSolver
@@ -77,7 +78,8 @@ class Selector:
             by source; default `CappedCone(cap)`. Whatever the set, see `total`.
         cap: largest weight as a multiple of the chosen candidates' mean weight, 4 by default; goes with the default
             constraints only.
-        ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default.
+        ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default. Or a
+            `RidgeTowards`, which pulls towards equal weights, or those of a column, instead of towards 0.
         geometry: "curvature" (M), "update" (M^2) or "vanilla" (learning rate only).
         objective: "match" (make the update that the target gradient would make) or "utility" (second-order fall of
             the target loss, offset included).
@@ -147,7 +149,7 @@ class Selector:
         solver: str | type[WeightSolver] | WeightSolver | None = None,
         constraints: ConstraintSet | ConstraintMaker | WeightQuota | None = None,
         cap: float | None = None,
-        ridge: float | None = None,
+        ridge: float | RidgeTowards | None = None,
         geometry: str | None = None,
         objective: str | None = None,
         trust: float | str | TrustRegion = 1.0,
@@ -346,14 +348,14 @@ class Selector:
                 candidate a row. For packed rows see `ftw.packed_candidates`; for preference pairs give the chosen
                 and the rejected row of a pair the same number.
             extras: what else is known of the candidates of the block, name -> one entry each: numbers such as "loss",
-                or labels such as "source". For filters that need it (docs/filters.md). "learning_rate", the largest of
-                the optimizer's groups, is always there.
+                or labels such as "source". For filters (docs/filters.md), quotas and ridges that read it.
+                "learning_rate", the largest of the optimizer's groups, is always there.
 
         Raises:
-            ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
+            ConfigurationError: mass does not fit, or a column is missing. See `Recorder.record` for the rest.
             UnsupportedOptimizerError: the optimizer has got an option that is not modelled since the last window.
         """
-        self.policy.filter.require_columns({"learning_rate", *(extras or {})})
+        self.policy.require_columns({"learning_rate", *(extras or {})})
         if self._decided is not None:  # select() ended that window
             self._clear()
         scaled = scaler is not None and scaler.is_enabled()

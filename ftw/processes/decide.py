@@ -96,7 +96,7 @@ def decide_together(step: Step, group: Group) -> Decided:
     # Vanilla is what a parameter without history asks for, on whatever process it was reached.
     geometry = next((each["geometry"] for each in everybody if each["geometry"] == "vanilla"), step.geometry)
     own = pool.own(group.rank)
-    if pool.faulty and step.scaled:
+    if pool.faulty and any(each["scale"][1] for each in everybody if each["scale"] is not None):
         return Decided(step.policy.overflow(pool.count, geometry), recorder.contributions(), own)
     if len(pool.faulty) == pool.count:
         raise NonFiniteError(

@@ -14,6 +14,7 @@ from ftw.gradients.coverage import UNCOVERED
 from ftw.gradients.recorder import RESIDUALS
 from ftw.processes.setting import POOLS
 from ftw.selector import NOTHING_USEFUL
+from ftw.solvers.constraints import CappedCone
 from ftw.target import check_schedule
 
 _COMPONENTS = {
@@ -105,9 +106,10 @@ class SelectionArguments:
                 at_least(name, value, least)
                 if not isinstance(value, int):
                     raise ConfigurationError(f"{name} is {value!r}; it counts; give an integer.")
-        for name in ("cap", "ridge"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 0)
+        if self.ridge is not None:
+            at_least("ridge", self.ridge, 0)
+        if self.cap is not None:
+            CappedCone(self.cap)
 
     def for_selector(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`, the target and its loss left out."""

@@ -450,6 +450,8 @@ def test_every_argument_has_a_help_text_and_is_one_of_the_selectors() -> None:
         ({"nothing_useful": "no"}, ConfigurationError, "nothing_useful is 'no'"),
         ({"reference": "no"}, ConfigurationError, "reference is 'no'"),
         ({"residual": "no"}, ConfigurationError, "residual is 'no'"),
+        ({"cap": 0.5}, ConfigurationError, "cap is 0.5"),
+        ({"ridge": float("inf")}, ConfigurationError, "ridge is inf"),
     ],
 )
 def test_bad_arguments(given: dict[str, Any], error: type[FtwError], message: str) -> None:
