@@ -122,10 +122,12 @@ class Target:
                 total, rows = total + weight * float(loss), rows + weight
         return total / rows
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position, age and the cached gradient (by parameter name): plain data."""
-        gradient = None if self._gradient is None else {k: v.clone() for k, v in self._gradient.items()}
-        return {"position": self._position, "age": self._age, "consumed": self._consumed, "gradient": gradient}
+    def state_dict(self, at: Snapshot | None = None) -> dict[str, Any]:
+        """Position, age and the cached gradient (by parameter name), now or at a snapshot: plain data."""
+        now = self._position, self._age, self._gradient, self._consumed, None
+        position, age, cached, consumed, _ = now if at is None else at
+        gradient = None if cached is None else {k: v.clone() for k, v in cached.items()}
+        return {"position": position, "age": age, "consumed": consumed, "gradient": gradient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""

@@ -71,6 +71,15 @@ def token_mean(inputs: Mapping[str, Any]) -> Tensor:  # -> (rows,)
     return tokens / tokens.sum()
 
 
+def owners(mass: Tensor) -> tuple[Tensor, Tensor | None]:  # (rows,) -> (n,), (rows,) or None
+    """Mass of the candidates, and whose each row is where some, those without mass, are nobody's."""
+    mass = mass.detach().cpu()
+    nobody = mass == 0
+    if not bool(nobody.any()):
+        return mass, None
+    return mass[~nobody], ((~nobody).cumsum(0) - 1).masked_fill(nobody, -1)
+
+
 class Attached:
     """What `attach` returns; also a context manager that detaches in the end.
 
