@@ -442,23 +442,28 @@ class Selector:
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, within_window: bool = False) -> dict[str, Any]:
         """Plain data (numbers, tensors) from which a run resumes bitwise: steps, random state, target.
+
+        Args:
+            within_window: in the middle of a window, give the state at its begin, for trainers that save there and
+                drop what was accumulated; the window resumes without what it has recorded so far.
 
         Raises:
             RecordingError: in the middle of a window, whose contributions cannot be saved.
         """
-        if self._decided is None and self._recorder.count:
+        if self._decided is None and self._recorder.count and not within_window:
             raise RecordingError(
                 f"{self._recorder.count} candidates are recorded and not yet applied; state can be saved between steps "
                 "only; call apply() or discard() first."
             )
         autocast = self._recorder.autocast_state
+        early = None if self._early is None or self._decided is not None else self._before.target
         return {
             "version": STATE_VERSION,
             "step": self._step,
             "generator": self._generator.get_state(),
-            "target": self.target.state_dict(),
+            "target": self.target.state_dict(early) if isinstance(self.target, Target) else self.target.state_dict(),
             "trust": self.policy.trust,
             "curvature": None if self.curvature is None else self.curvature.state_dict(),
             "unreached": sorted(self._unreached),

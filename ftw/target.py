@@ -124,11 +124,11 @@ class Target:
                 total, rows = total + weight * float(loss), rows + weight
         return total / rows
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position, age and the cached gradient (by parameter name): plain data."""
-        gradient = None if self._gradient is None else {k: v.clone() for k, v in self._gradient.items()}
-        counts = {"position": self._position, "age": self._age, "consumed": self._consumed, "rows": self.rows}
-        return {**counts, "gradient": gradient}
+    def state_dict(self, at: Snapshot | None = None) -> dict[str, Any]:
+        """Position, age and the cached gradient (by parameter name), now or at a snapshot: plain data."""
+        position, age, cached, consumed, _, rows = self._now() if at is None else at
+        gradient = None if cached is None else {k: v.clone() for k, v in cached.items()}
+        return {"position": position, "age": age, "consumed": consumed, "rows": rows, "gradient": gradient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
@@ -143,6 +143,9 @@ class Target:
     def snapshot(self) -> Snapshot:
         """What `restore` needs to undo a step; tensors are shared, as they are never changed in place."""
         self._replay = {at: batch for at, batch in self._replay.items() if at >= self._position}
+        return self._now()
+
+    def _now(self) -> Snapshot:
         return self._position, self._age, self._gradient, self._consumed, self._present, self.rows
 
     def restore(self, snapshot: Snapshot) -> None:
