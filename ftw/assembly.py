@@ -28,6 +28,11 @@ GEOMETRIES = ("curvature", "update", "vanilla")
 OBJECTIVES = ("match", "utility")
 REFERENCES = ("pool", "target", "previous")
 
+UNEXPLAINED = (
+    "alignment, Gram or offset is not finite, and no candidate's contribution is to blame; numbers overflow, or the "
+    "optimizer's state or a gradient outside the candidates holds NaN; inspect optimizer.state, or lower the loss."
+)
+
 
 def measure(
     contributions: Contributions,
@@ -77,10 +82,7 @@ def measure(
             f"all {contributions.count} candidates of the pool have NaN or infinite contributions; there is nothing "
             "to select; lower the learning rate or look at the loss."
         )
-    raise NonFiniteError(
-        "alignment or Gram is not finite although every candidate's contribution is; numbers overflow, or the "
-        "optimizer's state or a gradient outside the candidates holds NaN; inspect optimizer.state, or lower the loss."
-    )
+    raise NonFiniteError(UNEXPLAINED)
 
 
 def _pass(

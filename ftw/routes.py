@@ -10,6 +10,7 @@ and the selector undoes that where a step fails or overflows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw.assembly import measure
+from ftw.assembly import UNEXPLAINED, measure
 from ftw.curvature.base import Curvature
 from ftw.decision import Policy
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
@@ -159,6 +160,8 @@ def decide_beyond_cap(step: Step) -> Decided:
     window = step.recorder.window
     alignment = window.alignments()
     faulty = (~torch.isfinite(alignment)).nonzero().flatten().tolist()
+    if faulty and not all_finite((step.recorder.direction or {}).values()):
+        raise NonFiniteError(UNEXPLAINED)
     if faulty and (step.scaled or len(faulty) == len(alignment)):
         if not step.scaled:
             raise NonFiniteError(
@@ -230,7 +233,11 @@ def decide_tokens(step: Step) -> Decided:
     scores = score(contributions, *parts, step.geometry, step.reference)
     total = scores.total if step.reference == "pool" else None
     finite = torch.isfinite(scores.alignment)
-    if not bool(finite.all()):
+    if not (bool(finite.all()) and math.isfinite(scores.offset_drop)):
+        # The sum tells without a look at each of very many tokens.
+        faulty = not all_finite([*contributions.combine().values(), *step.residual.values()])
+        if not faulty:
+            raise NonFiniteError(UNEXPLAINED)
         if step.scaled:
             return step.overflow(contributions)
         raise NonFiniteError(
@@ -257,9 +264,9 @@ def decide_tokens(step: Step) -> Decided:
         else:
             selection = step.policy.share_equally(chosen, scores, step.geometry, step.mass, absent)
             combined = contributions.combine(selection.weights)
-            bend = curvature(combined, *parts, step.reference, total)
-            selection.diagnostics["curvature"] = bend
-            drop = selection.diagnostics["first_order"] - bend
+            bends = curvature(combined, *parts, step.reference, total)
+            selection.diagnostics.update(curvature=sum(bends), curvature_parts=bends)
+            drop = selection.diagnostics["first_order"] - sum(bends)
             decided = Decided(replace(selection, predicted_drop=drop), contributions)
     shapes = {tuple(f.layout.owner.shape) for f in step.recorder.window.forwards if f.layout.owner is not None}
     if len({shape[1] for shape in shapes}) == 1:
