@@ -5,11 +5,13 @@ from ftw.errors import FtwError
 from ftw.gradients.layout import packed_candidates
 from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.quotas import WeightQuota
+from ftw.ridges import RidgeTowards
 from ftw.selector import Selector
 from ftw.target import Target
 
 __all__ = [
     "FtwError",
+    "RidgeTowards",
     "Selection",
     "SelectionProblem",
     "Selector",

@@ -30,7 +30,7 @@ from ftw.gradients.recorder import Recorder
 from ftw.measurement import Measurement
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner
-from ftw.problem import Selection
+from ftw.problem import Selection, Status
 from ftw.scoring import Scores, curvature, score, updates
 from ftw.survivors import along, read_survivors, sum_survivors, weigh_survivors
 
@@ -44,8 +44,10 @@ class Decided(NamedTuple):
     selection: Selection
     contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
     members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
-    total: Mapping[Parameter, Tensor] | None = None  # the reference gradient, where it is not the pool's
+    total: Mapping[Parameter, Tensor] | None = None  # reference gradient, where it is not the sum of `contributions`
+    relinearised: bool = False
     gradient: Mapping[Parameter, Tensor] | None = None  # sum_i w_i c_i, where a second backward has formed it
+    residual: Mapping[Parameter, Tensor] | None = None  # of all processes, where there are several
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Step:
         scaled: a GradScaler is on, so that overflow is routine.
         early: whether g was known before the backward.
         uncovered: parameters whose gradient a rerun will form; proved: that it can be trusted.
+        residual: gradient that no candidate owns.
     """
 
     recorder: Recorder
@@ -85,11 +88,7 @@ class Step:
     early: bool
     uncovered: list[Parameter]
     proved: bool
-
-    @property
-    def residual(self) -> Mapping[Parameter, Tensor]:
-        """Gradient that no candidate owns."""
-        return self.recorder.residual
+    residual: Mapping[Parameter, Tensor]
 
     def measure(
         self,
@@ -110,6 +109,12 @@ class Step:
     def choose(self, alignment: Tensor, absent: Sequence[int]) -> Tensor:
         """The filter on alignments alone; see `Policy.choose`."""
         return self.policy.choose(alignment, self.mass, self.generator, absent, self.extras)
+
+    def nothing(self) -> Selection:
+        """Of a process that offers no candidate."""
+        none = torch.zeros(0, dtype=torch.float64)
+        diagnostics = {"candidates": 0, "geometry": self.geometry, "quarantined": [], "alignment": none, "mass": none}
+        return Selection(none.long(), none, 0.0, Status.NOTHING_USEFUL, diagnostics)
 
     def overflow(self, contributions: Contributions | None) -> Decided:
         """The scaler must see what overflowed, skip the step and back off."""
@@ -152,7 +157,7 @@ def decide_samples(step: Step, absent: Sequence[int] = ()) -> Decided:
         selection.diagnostics["predicted_drops"] = dict(zip(step.names, drops, strict=True))
     if contributions.error is not None:
         selection.diagnostics["sketch_error"] = contributions.error
-    return Decided(selection, contributions, total=total)
+    return Decided(selection, contributions, total=total, relinearised=total is not None)
 
 
 def decide_beyond_cap(step: Step) -> Decided:
@@ -276,15 +281,15 @@ def decide_tokens(step: Step) -> Decided:
 
 def displacement_of(step: Step, decided: Decided) -> Callable[[Mapping[Parameter, Tensor]], dict[Parameter, Tensor]]:
     """Gradient -> displacement, under the M that the decision was made with."""
-    reference, total = step.reference, decided.total
+    reference, total = "pool" if decided.relinearised else step.reference, decided.total
     if total is not None:
-        reference = "pool"
+        pass
     elif decided.members is not None:
         total = step.target if step.early else None
     elif reference != "target" and decided.contributions is not None:
         total = decided.contributions.combine()
     if total is not None:
-        rest = step.residual
+        rest = step.residual if decided.residual is None else decided.residual
         total = {**rest, **{p: known + rest[p] if p in rest else known for p, known in total.items()}}
 
     def predict(gradient: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:

@@ -445,6 +445,45 @@ def test_state_in_the_middle_of_a_window_is_refused() -> None:
         selector.load_state_dict({**state, "version": 99})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target": {"one": [data(5, 100)], "two": [data(5, 101)]}}, {"reference": "previous", "memory_cap": 10**6}],
+    ids=["plain", "several", "capped"],
+)
+@pytest.mark.parametrize("batches", [list, lambda given: torch.utils.data.DataLoader(given, batch_size=None)])
+def test_state_within_a_window_is_that_of_its_begin(options: dict[str, Any], batches: Any) -> None:
+    options = {"ema": 0.5, **options}
+    if "target" not in options:
+        options["target"] = batches([data(5, 100), data(5, 101), data(5, 102)])
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, selector: ftw.Selector, seed: int) -> Tensor:
+        with selector.record():
+            loss_of(model, data(8, seed)).backward()
+        weights = selector.apply().weights
+        optimizer.step()
+        optimizer.zero_grad()
+        return weights
+
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    selector = selector_for(model, optimizer, **options)
+    for seed in range(2):
+        step(model, optimizer, selector, seed)
+    between = selector.state_dict()
+    with selector.record():
+        loss_of(model, data(8, 50)).backward()
+    within = selector.state_dict(within_window=True)
+    assert str(within) == str(between)
+
+    twin = copy.deepcopy(model)
+    again = torch.optim.SGD(twin.parameters(), lr=0.01)
+    resumed = selector_for(twin, again, **options)
+    resumed.load_state_dict(within)
+    selector.discard()  # the state was taken without harm to the window or the run
+    for seed in range(2, 5):
+        assert torch.equal(step(model, optimizer, selector, seed), step(twin, again, resumed, seed))
+
+
 def test_warmup_uses_vanilla_geometry_until_the_optimizer_has_history() -> None:
     model = MLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
