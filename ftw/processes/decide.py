@@ -238,10 +238,10 @@ class _Decision:
         selection = step.policy.share_equally(members, scores, step.geometry, step.mass, absent)
         combined = _summed(self._contributions.combine(selection.weights[own]), self._pool.parameters, self._group)
         parts = step.optimizer, step.preconditioner, step.target, step.residual, step.reference, self._total
-        bend = curvature(combined, *parts)
-        selection.diagnostics["curvature"] = bend
+        bends = curvature(combined, *parts)
+        selection.diagnostics.update(curvature=sum(bends), curvature_parts=bends)
         self.gradient = combined
-        return replace(selection, predicted_drop=selection.diagnostics["first_order"] - bend)
+        return replace(selection, predicted_drop=selection.diagnostics["first_order"] - sum(bends))
 
 
 def _pool(said: Sequence[Mapping[str, Any]], order: list[Parameter]) -> _Pool:
