@@ -29,7 +29,7 @@ OBJECTIVES = ("match", "utility")
 REFERENCES = ("pool", "target", "previous")
 
 UNEXPLAINED = (
-    "alignment, Gram or offset is not finite although no candidate's contribution is to blame; numbers overflow, or the "
+    "alignment, Gram or offset is not finite, and no candidate's contribution is to blame; numbers overflow, or the "
     "optimizer's state or a gradient outside the candidates holds NaN; inspect optimizer.state, or lower the loss."
 )
 

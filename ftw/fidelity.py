@@ -30,7 +30,8 @@ class Fidelity:
 
     Attributes:
         step: its number, as in `selection.diagnostics["step"]`.
-        predicted_drop: of the target loss, in nats, for the gradient that the optimizer was given (clipped, if it was).
+        predicted_drop: of the target loss, in nats, for the gradient that the optimizer was given (clipped, if it was),
+            the curvature divided by trust.
         first_order: the part of it that is linear in the displacement, in nats.
         realised_drop: loss before minus loss after on the same target batch, in nats. For an optimizer that maximises
             all drops are rises.
@@ -127,6 +128,9 @@ class Expectation:
 class Watcher:
     """Hooks on an optimizer that compare a step with what was expected of it.
 
+    A step that is given a closure is measured once that has run: forward, backward and `apply()` may be in it, as in
+    Lightning's automatic optimization. One that runs it several times is not measured.
+
     Args:
         optimizer: the one that steps.
         parameters: those that take part, in a fixed order.
@@ -143,6 +147,7 @@ class Watcher:
     ) -> None:
         self._parameters, self._loss, self._told = parameters, loss, told
         self._expected: Expectation | None = None
+        self._closures = 0  # that ran within this step
         self._seen: tuple[float, float, dict[Parameter, Tensor], Displacement] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -163,7 +168,25 @@ class Watcher:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._closures = 0
+        place = next((i for i, given in enumerate(args) if given is not optimizer and callable(given)), None)
+        closure = kwargs.get("closure") if place is None else args[place]
+        if closure is None:
+            self._measure(optimizer)
+            return None
+
+        def measured() -> Any:
+            result = closure()
+            self._closures += 1
+            self._measure(optimizer)
+            return result
+
+        if place is None:
+            return args, {**kwargs, "closure": measured}
+        return (*args[:place], measured, *args[place + 1 :]), kwargs
+
+    def _measure(self, optimizer: Optimizer) -> None:
         expected = self._expected
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler steps in vain
         if expected is None or (found_inf is not None and bool(found_inf)):
@@ -185,6 +208,8 @@ class Watcher:
         if expected is None or seen is None:
             return
         self.forget()
+        if self._closures > 1:  # parameters moved in between
+            return
         loss, applied, before, predicted = seen
         first, drop = expected.predicted(applied)
         cosine = error = math.nan

@@ -364,7 +364,7 @@ def test_nan_in_the_optimizer_s_state_is_not_blamed_on_candidates(key: str, scal
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-    with pytest.raises(NonFiniteError, match="no candidate's contribution is to blame.*inspect optimizer.state"):
+    with pytest.raises(NonFiniteError, match=r"no candidate's contribution is to blame.*inspect optimizer.state"):
         selector.apply()
 
 

@@ -121,7 +121,7 @@ def test_nan_in_the_optimizer_s_state_is_not_blamed_on_tokens(key: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             optimizer.state[next(model.parameters())][key][0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match="no candidate's contribution is to blame.*inspect optimizer.state"):
+    with pytest.raises(NonFiniteError, match=r"no candidate's contribution is to blame.*inspect optimizer.state"):
         selector.apply()
 
 

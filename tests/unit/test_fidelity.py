@@ -199,6 +199,57 @@ def test_uncovered_steps_and_forgotten_ones() -> None:
     assert run.selector.fidelity is before
 
 
+@pytest.mark.parametrize("where", ["inside", "inside, by name", "outside"])
+def test_a_step_with_a_closure_is_measured_after_it_has_run(where: str) -> None:
+    """Within the closure the selection may be made and clipped; outside of it, the closure just looks at the loss."""
+    plain, closed = (Run("sgd", watch=1, objective="utility", trust="adaptive") for _ in range(2))
+    for _ in range(3):
+        plain.step(clip=0.05)
+
+        def closure() -> float:
+            closed.record()
+            closed.selector.apply()
+            nn.utils.clip_grad_norm_(closed.model.parameters(), 0.05)
+            return 1.0
+
+        if where == "outside":
+            closure()
+            result = closed.optimizer.step(lambda: 1.0)
+        elif where == "inside":
+            result = closed.optimizer.step(closure)
+        else:
+            result = closed.optimizer.step(closure=closure)
+        closed.optimizer.zero_grad()
+        closed.now += 1
+        assert result == 1.0
+        assert closed.selector.fidelity == plain.selector.fidelity
+    assert closed.selector.policy.trust == plain.selector.policy.trust != 1.0
+    for p, q in zip(plain.model.parameters(), closed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_that_runs_its_closure_twice_is_not_measured() -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    model = MLP()
+    optimizer = Twice(model.parameters(), lr=0.01)
+    options: dict[str, Any] = {"target": [data(5, TARGET)], "loss_fn": loss_of, "preconditioner": "sgd", "watch": 1}
+    selector = ftw.Selector(model, optimizer, **options)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        with selector.record():
+            loss_of(model, data()).backward()
+        selector.apply()
+        return 1.0
+
+    optimizer.step(closure)
+    assert selector.fidelity is None
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_of_a_step_at_a_rate_of_zero_nothing_is_predicted_and_nothing_learned(several: bool) -> None:
     target: Any = {"one": [data(5, 1)], "other": [data(5, 2)]} if several else [data(5, 1)]
