@@ -1,0 +1,66 @@
+"""Command line of the harness; see docs/evidence.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftw.errors import FtwError
+from ftw.experiment import models
+
+from . import grids
+from .runner import run
+from .settings import filtered
+from .store import Store
+
+OUT = Path("runs/evidence")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.action(options))
+    except FtwError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one ended", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    grid = grids.grid("quick" if options.quick else options.grid, options.seeds)
+    if options.only:
+        grid = filtered(grid, options.only)
+    store = Store(options.out / "cells.jsonl")
+    run(
+        grid,
+        options.data,
+        store,
+        cache=models.cache_folder(),
+        jobs=options.jobs,
+        budget_minutes=options.budget_minutes,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    each = commands.add_parser("run", help="run the cells of a grid that are not stored yet")
+    each.add_argument("data", type=Path, help="folder of <source>.{train,dev,test}.jsonl")
+    each.add_argument("--grid", choices=grids.GRIDS, default="core")
+    each.add_argument("--quick", action="store_true", help="the quick grid: does everything run")
+    each.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    each.add_argument("--only", nargs="+", default=[], metavar="NAME=VALUE", help="cells that meet all conditions")
+    each.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    each.add_argument("--budget-minutes", type=float, default=None, help="begin no cell after so many")
+    each.add_argument("--out", type=Path, default=OUT)
+    each.set_defaults(action=_run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
