@@ -10,12 +10,12 @@ from pathlib import Path
 from ftw.errors import FtwError
 from ftw.experiment import models
 
-from . import grids
+from . import figures, grids, tables
 from .runner import run
 from .settings import filtered
 from .store import Store
 
-OUT = Path("runs/evidence")
+OUT = Path("benchmarks/results/evidence")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +42,26 @@ def _run(options: argparse.Namespace) -> int:
         cache=models.cache_folder(),
         jobs=options.jobs,
         budget_minutes=options.budget_minutes,
+        again=options.again,
     )
-    return 0
+    return _report(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    store = Store(options.out / "cells.jsonl")
+    if not store.records:
+        print(f"no cell is stored in {store.path}; run some first", file=sys.stderr)
+        return 2
+    records = list(store.records.values())
+    (options.out / "tables.md").write_text(tables.report(records), encoding="utf-8")
+    drawn = figures.write(records, options.out)
+    hours = sum(record["clock"]["total"] for record in records) / 3600
+    print(f"{len(records)} cells, {hours:.2f} h of one process: {options.out / 'tables.md'} and {len(drawn)} pictures")
+    if store.broken:
+        print(f"{store.broken} broken lines in {store.path} were passed over (a run was killed)", file=sys.stderr)
+    for key in store.conflicts:
+        print(f"warning: {key} has two records with different figures: it is not reproducible here", file=sys.stderr)
+    return 1 if store.conflicts else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,8 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--only", nargs="+", default=[], metavar="NAME=VALUE", help="cells that meet all conditions")
     each.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     each.add_argument("--budget-minutes", type=float, default=None, help="begin no cell after so many")
+    each.add_argument("--again", action="store_true", help="run stored cells too and say where figures differ")
     each.add_argument("--out", type=Path, default=OUT)
     each.set_defaults(action=_run)
+    each = commands.add_parser("report", help="write tables and pictures of what is stored")
+    each.add_argument("--out", type=Path, default=OUT)
+    each.set_defaults(action=_report)
     return parser
 
 

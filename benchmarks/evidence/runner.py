@@ -33,6 +33,7 @@ def run(
     cache: Path | None,
     jobs: int = 1,
     budget_minutes: float | None = None,
+    again: bool = False,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> int:
     """Runs what is missing and stores each cell as it ends; returns how many cells are still missing.
@@ -40,14 +41,15 @@ def run(
     Args:
         folder: of the data. cache: of the pre-trained models.
         budget_minutes: no cell is begun after so many.
+        again: run stored cells too, so that the store can compare (`Store.conflicts`).
 
     Raises:
         FtwError: what the first cell that failed raised; those that had ended by then are stored.
     """
     began = time.perf_counter()
     keys = [key_of(cells.configuration(cell, folder)) for cell in grid]
-    missing = [cell for cell, key in zip(grid, keys, strict=True) if key not in store]
-    say(f"{len(grid)} cells, {len(grid) - len(missing)} of them stored, {len(missing)} to run")
+    missing = [cell for cell, key in zip(grid, keys, strict=True) if again or key not in store]
+    say(f"{len(grid)} cells, {sum(key in store for key in keys)} of them stored, {len(missing)} to run")
     estimate = Estimate(store, jobs)
     if missing and estimate.known:
         say(f"estimated: {estimate.minutes(missing):.0f} min with {jobs} job{'s' if jobs > 1 else ''}")

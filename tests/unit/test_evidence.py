@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("transformers", reason="the harness trains transformers' Llama")
 
-from evidence import cells, material, runner, settings
+from evidence import cells, figures, material, runner, settings, tables
 from evidence.decoding import greedy, same_number
+from evidence.grids import CORE
 from evidence.methods import METHODS
 from evidence.settings import TARGETS, Cell, Setting, filtered, key_of
 from evidence.store import Store
@@ -219,6 +220,23 @@ def test_only_keeps_the_cells_that_meet_every_condition() -> None:
         filtered(GRID, ["method=full"])
 
 
+def test_run_again_a_cell_that_differs_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = Store(tmp_path / "cells.jsonl"), cells.run_cell
+    options = {"cache": None, "say": lambda line: None}
+    runner.run(GRID[1:2], folder, store, **options)
+    runner.run(GRID[1:2], folder, store, again=True, **options)
+    assert not store.conflicts
+
+    def other(*arguments: object) -> dict[str, object]:
+        record = real(*arguments)
+        record["figures"]["final"]["loss"] += 1e-12
+        return record
+
+    monkeypatch.setattr(cells, "run_cell", other)
+    runner.run(GRID[1:2], folder, store, again=True, **options)
+    assert store.conflicts == list(store.records)
+
+
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,3 +286,111 @@ def test_greedy_decoding_is_that_of_one_prompt_at_a_time() -> None:
 )
 def test_the_last_number_counts(said: str, right: str, same: bool) -> None:
     assert same_number(said, right) is same
+
+
+# -- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def record(
+    method: str, seed: int, loss: float | None, *, target: str = "svamp", lr: float = 2e-3, **more: object
+) -> dict:
+    """A record as the harness makes it, with a curve that falls to `loss` by halves."""
+    cell = Cell(method, target, seed, settings.varied(CORE, lr=lr, corrupted=more.pop("corrupted", 0.0)))
+    config = cell.configuration(METHODS[method].configuration(), str(more.pop("data", "d")), {"torch": "1"})
+    test = [4.0, None if loss is None else (4.0 + loss) / 2, loss]
+    figures = {
+        "final": {"loss": loss},
+        "best": {"loss": 4.0 if loss is None else loss, "step": 20, "dev": more.pop("dev", 1.0)},
+        "curve": {
+            "step": [0, 10, 20],
+            "test": test,
+            "dev": [4.0, 3.0, 2.0],
+            "trained": [0, 40, 80],
+            "passed": [0, 1, 2],
+        },
+        "tuning": {"passed": 480, "trained": 80},
+        "weight": {"svamp": 1.0, "svamp (corrupted)": 3.0},
+        "pool_share": {"svamp": 0.7, "svamp (corrupted)": 0.3},
+        **more,
+    }
+    clock = {"processor": [0.0, 1.0, 2.0], "wall": [0.0, 1.0, 2.0], "processor_all_trials": 2.0, "total": 3.0}
+    return {"key": key_of(config), "configuration": config, "figures": figures, "clock": clock}
+
+
+def test_intervals_and_paired_differences() -> None:
+    mean, half = tables.interval([1.0, 2.0, 4.0])
+    # t(0.975, 2) = 4.30265; the standard deviation of 1, 2, 4 is sqrt(7/3).
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302652729911275 * (7 / 3) ** 0.5 / 3**0.5)
+    mean, half = tables.paired({0: 1.0, 1: 3.0, 2: 9.0}, {0: 0.5, 1: 2.5, 3: 7.0})  # seed 2 and seed 3 have no partner
+    assert (mean, half) == (0.5, pytest.approx(0.0))
+    assert tables.shown(tables.interval([1.5])) == "1.500"
+    assert tables.shown(tables.interval([])) == "-"
+    assert tables.shown((float("inf"), float("nan"))) == "not finite"
+
+
+def test_a_table_says_what_its_records_say() -> None:
+    records = [record("ours", seed, loss) for seed, loss in enumerate((1.0, 1.2, 1.4))]
+    records += [record("random", seed, loss) for seed, loss in enumerate((2.0, 2.2, 2.4))]
+    records += [record("full", 0, 1.5), record("greats", 0, None)]
+    groups, notes = tables.collect(records)
+    assert not notes
+    ((setting, target),) = groups
+    assert (setting, target) == (CORE, "svamp")
+    lines = tables.by_method(groups[setting, target])
+    cells_of = {line.split("|")[1].strip(): [each.strip() for each in line.split("|")[1:-1]] for line in lines}
+    assert cells_of["`ours`"][1:6] == ["3", "1.200 ± 0.497", "", "1.200 ± 0.497", ""]
+    assert cells_of["`random`"][1:6] == ["3", "2.200 ± 0.497", "+1.000 ± 0.000", "2.200 ± 0.497", "+1.000 ± 0.000"]
+    assert cells_of["`full`"][1:4] == ["1", "1.500", "+0.500"]
+    assert cells_of["`greats`"][4] == "not finite"
+    assert [line.split("`")[1] for line in lines[2:]] == ["ours", "full", "random", "greats"]
+    text = tables.report(records)
+    assert "\n".join(lines) in text
+    assert "8 cells in 0.01 hours" in text
+
+
+def test_when_the_loss_of_full_is_reached() -> None:
+    runs = tables.collect([record("ours", 0, 0.5), record("random", 0, 3.0), record("full", 0, 2.5)])[0][CORE, "svamp"]
+    lines = {line.split("`")[1]: line for line in tables.reaching(runs)[2:]}
+    assert lines["ours"] == "| `ours` | 1 of 1 | 0.50 | 0.50 | 0.50 |"  # 2.25 at step 10 of 20
+    assert lines["random"] == "| `random` | 0 of 1 | - | - | - |"
+
+
+def test_the_learning_rate_that_dev_chooses_is_shown_and_not_the_best() -> None:
+    groups, _ = tables.collect(
+        [
+            record("ours", 0, 1.0, lr=2e-3, dev=2.0),
+            record("ours", 0, 1.3, lr=6e-3, dev=1.0),
+            record("full", 0, 1.8, lr=2e-3, dev=1.0),
+            record("full", 0, 1.7, lr=6e-3, dev=2.0),
+        ]
+    )
+    lines = tables.chosen_rates(groups)
+    assert "| `ours` | 1.300 |  | 0.006 |" in lines
+    assert "| `full` | 1.800 | +0.500 | 0.002 |" in lines
+
+
+def test_the_share_of_the_weight_on_corrupted_samples() -> None:
+    groups, _ = tables.collect([record("ours", seed, 1.0, corrupted=0.3) for seed in (0, 1)])
+    ((_, runs),) = groups.items()
+    assert tables.on_corrupted(runs)[2] == "| `ours` | 0.750 ± 0.000 | 0.300 |"
+
+
+def test_records_of_other_data_are_left_out_and_said() -> None:
+    groups, notes = tables.collect([record("ours", 0, 1.0, data="old"), record("ours", 0, 2.0, data="new")])
+    assert tables.end(groups[CORE, "svamp"]["ours"][0]) == 2.0
+    assert notes == ["1 records of other data, versions or components were left out."]
+
+
+def test_pictures_are_drawn_and_bands_are_means(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra plot")
+    assert figures.band([([0.0, 2.0], [1.0, 3.0]), ([0.0, 4.0, 9.0], [2.0, 5.0, 9.0])]) == (
+        [0.0, 3.0],
+        [1.0, 3.0],
+        [1.5, 4.0],
+        [2.0, 5.0],
+    )
+    records = [record(method, seed, 1.0) for method in ("ours", "opus") for seed in (0, 1)]
+    (path,) = figures.write(records, tmp_path)
+    assert path.name == "core-svamp.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
