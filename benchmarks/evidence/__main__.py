@@ -10,10 +10,10 @@ from pathlib import Path
 from ftw.errors import FtwError
 from ftw.experiment import models
 
-from . import figures, grids, tables
+from . import context, figures, grids, tables
 from .runner import run
-from .settings import filtered
-from .store import Store
+from .settings import filtered, key_of
+from .store import Store, finite
 
 OUT = Path("benchmarks/results/evidence")
 
@@ -64,6 +64,24 @@ def _report(options: argparse.Namespace) -> int:
     return 1 if store.conflicts else 0
 
 
+def _context(options: argparse.Namespace) -> int:
+    store = Store(options.out / "context.jsonl")
+    records = []
+    for pool in range(options.pools):
+        for length in options.lengths:
+            study = context.Study(length, pool)
+            key = key_of(context.configuration(study, options.data))
+            if key not in store:
+                record = context.run_study(study, options.data, models.cache_folder())
+                store.append(finite(record))
+                print(f"T = {length}, pool {pool}: {record['clock']['total']:.0f} s", file=sys.stderr, flush=True)
+            records.append(store.records[key])
+    (options.out / "context.md").write_text(context.report(records), encoding="utf-8")
+    context.draw(records, options.out / "context.png")
+    print(f"{options.out / 'context.md'} and a picture of {len(records)} records")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evidence", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -81,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     each = commands.add_parser("report", help="write tables and pictures of what is stored")
     each.add_argument("--out", type=Path, default=OUT)
     each.set_defaults(action=_report)
+    each = commands.add_parser("context", help="the study of approximate representations over context lengths")
+    each.add_argument("data", type=Path, nargs="?", default=None, help="folder of the data; default: generated text")
+    each.add_argument("--pools", type=int, default=3)
+    each.add_argument("--lengths", type=int, nargs="+", default=list(context.LENGTHS))
+    each.add_argument("--out", type=Path, default=OUT)
+    each.set_defaults(action=_context)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .methods import METHODS
+from . import methods
 from .settings import CORE_TARGETS, Cell, Setting, varied
 
 CORE = Setting()
@@ -36,7 +36,7 @@ QUICK = varied(
     pretrain_steps=20,
 )
 
-GRIDS = ("core", "axes", "quick")
+GRIDS = ("core", "axes", "approximate", "quick")
 
 
 def grid(name: str, seeds: Sequence[int]) -> list[Cell]:
@@ -47,9 +47,11 @@ def grid(name: str, seeds: Sequence[int]) -> list[Cell]:
 def _cells(name: str, seeds: Sequence[int]) -> Iterator[Cell]:
     for seed in seeds:
         if name == "core":
-            yield from (Cell(method, target, seed, CORE) for target in CORE_TARGETS for method in METHODS)
+            yield from (Cell(method, target, seed, CORE) for target in CORE_TARGETS for method in methods.CORE)
+        elif name == "approximate":
+            yield from (Cell(method, "svamp", seed, CORE) for method in ("ours", *methods.APPROXIMATE))
         elif name == "quick":
-            yield from (Cell(method, "svamp", seed, QUICK) for method in METHODS)
+            yield from (Cell(method, "svamp", seed, QUICK) for method in methods.CORE)
         else:
             for setting, targets in AXES:
                 yield from (Cell(method, target, seed, setting) for target in targets for method in HANDFUL)

@@ -26,6 +26,7 @@ class Method:
         lr_factors, horizons: trials among which dev chooses; one each: no trial.
         offers_target: a batch of target samples stands among the candidates; never the one that g comes from, where
             there is more than one.
+        representation: approximate form that the decision is made from (`representations.arguments`); "": exact.
         warm: trained first on the target samples alone, as `target_only` is, and stopped where dev says.
         budget: what data it touches, in words.
     """
@@ -35,6 +36,7 @@ class Method:
     lr_factors: tuple[float, ...] = (1.0,)
     horizons: tuple[float, ...] = (1.0,)
     offers_target: bool = False
+    representation: str = ""
     warm: bool = False
     budget: str = ""
 
@@ -64,7 +66,7 @@ def _selecting(name: str) -> Method:
 
 _TRIALS: Mapping[str, Any] = {"lr_factors": LR_FACTORS, "horizons": HORIZONS}
 
-METHODS: Mapping[str, Method] = {
+CORE: Mapping[str, Method] = {
     **{
         name: _selecting(name)
         for name in (
@@ -94,3 +96,11 @@ METHODS: Mapping[str, Method] = {
     ),
 }
 """The paper's eight rows (`full` is one), the rivals, and what a sceptic asks for."""
+
+APPROXIMATE: Mapping[str, Method] = {
+    f"ours ({form})": Method("select", "ours", representation=form, budget=_SELECTED)
+    for form in ("projection 64", "projection 1024", "row x column", "blocks 4", "blocks 64", "blocks all")
+}
+"""What deciding from approximate representations does to the loss."""
+
+METHODS: Mapping[str, Method] = {**CORE, **APPROXIMATE}

@@ -55,7 +55,7 @@ class Setting:
     # The axes that are varied.
     optimizer: str = "adamw"
     tuning: str = "full"
-    lr: float = 2e-3
+    lr: float = 1e-3
     corrupted: float = 0.0
     """Share of the pool whose responses are exchanged among each other."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy import stats
 
+from . import methods
 from .grids import CORE
-from .methods import METHODS
 from .settings import Setting, difference
 
 Record = Mapping[str, Any]
@@ -240,7 +240,7 @@ def chosen_rates(groups: Mapping[tuple[Setting, str], Runs]) -> list[str]:
 
 
 def budgets() -> list[str]:
-    return table(["method", "data"], [[f"`{name}`", method.budget] for name, method in METHODS.items()])
+    return table(["method", "data"], [[f"`{name}`", method.budget] for name, method in methods.CORE.items()])
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -16,6 +16,7 @@ from ftw.experiment import data, models
 from ftw.experiment.compare import masses
 from ftw.experiment.data import Row
 
+from . import representations
 from .material import Material
 from .methods import Method
 from .settings import Setting
@@ -210,6 +211,7 @@ class Selecting:
             budget=setting.budget / setting.pool_size if self._tokens else setting.budget,
             preset=method.preset,
             seed=seed,
+            **representations.arguments(method.representation),
         )
 
     def fill(self, step: int) -> Filled:
