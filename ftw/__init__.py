@@ -7,8 +7,10 @@ from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.quotas import WeightQuota
 from ftw.selector import Selector
 from ftw.target import Target
+from ftw.watching import DecisionLog
 
 __all__ = [
+    "DecisionLog",
     "FtwError",
     "Selection",
     "SelectionProblem",

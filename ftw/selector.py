@@ -8,6 +8,7 @@ Longer than others because of the arguments, which are documented and checked wh
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
 from ftw.target import LossFunction, Target
 from ftw.targets import Targets
+from ftw.watching.journal import Journal, journal_of
+from ftw.watching.log import DecisionLog
 from ftw.writing import Writer
 
 STATE_VERSION = 1
@@ -93,6 +96,8 @@ class Selector:
             optimizers whose M depends on the gradient.
         watch: every how many steps the prediction is compared with what the step really does (`fidelity`); 0: never.
             A watched step costs two evaluations of the target batch and two copies of the parameters.
+        log: where every step's decision is written when the optimizer has made it: a `DecisionLog`, or the path of one
+            (a ".jsonl" file, or a folder). Of several processes the first writes. See docs/watching.md.
         nothing_useful: what `apply()` leaves when no candidate helps: "zero" gradients (momentum and decay still act),
             or "skip": `p.grad = None`, a kept residual included, so that the optimizer's step does nothing.
         reference: what the coming step's second moment is predicted from: "pool" (the sum of the contributions),
@@ -147,6 +152,7 @@ class Selector:
         curvature: str | type[Curvature] | Curvature = "optimizer",
         relinearise: bool = False,
         watch: int = 0,
+        log: DecisionLog | str | os.PathLike[str] | None = None,
         total: str = "preserve",
         warmup: int = 5,
         refresh: int = 1,
@@ -285,6 +291,18 @@ class Selector:
         self._watcher: Watcher | None = None
         if watch or self._trust_region is not None:
             self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn)
+        about = {
+            "preset": preset,
+            "optimizer": type(optimizer).__name__,
+            "filter": type(self.policy.filter).__name__,
+            "solver": type(self.policy.solver).__name__,
+            "budget": str(budget),
+            "geometry": geometry,
+            "objective": objective,
+            "granularity": granularity,
+            "watch": str(watch),
+        }
+        self._journal: Journal | None = journal_of(log, optimizer, about, samples=granularity == "sample")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _warn_of_processes(torch.distributed.get_world_size())
         self._step = 0
@@ -397,6 +415,9 @@ class Selector:
             self._undo()
             self._decided = None
             raise
+        if self._journal is not None:
+            coming = self._step + (decided.selection.status == Status.OVERFLOW)  # an overflow is not counted
+            self._journal.expect(decided.selection, coming, decided.selection.diagnostics.get("columns", {}))
         self._clear()
         return decided.selection
 
@@ -411,6 +432,8 @@ class Selector:
         self._clear()
         if self._watcher is not None:
             self._watcher.close()
+        if self._journal is not None:
+            self._journal.close()
         self._recorder.close()
 
     def coverage(self) -> CoverageTable:
@@ -463,6 +486,8 @@ class Selector:
         self._clear()
         if self._watcher is not None:
             self._watcher.forget()
+        if self._journal is not None:
+            self._journal.forget()
         self._step, self._generator = step, generator
         autocast = state.get("autocast")
         self._recorder.autocast_state = None if autocast is None else (autocast[0], getattr(torch, autocast[1]))
@@ -499,6 +524,8 @@ class Selector:
         else:
             decided = decide_samples(step)
         selection = decided.selection
+        if self._extras and self._extras[0]:
+            selection.diagnostics.setdefault("columns", {name: step.extras[name] for name in self._extras[0]})
         if selection.status == Status.OVERFLOW:
             self._restore(self._before)
         else:
@@ -616,6 +643,8 @@ class Selector:
 
     def _learn(self, fidelity: Fidelity) -> None:
         self.fidelity = fidelity
+        if self._journal is not None:
+            self._journal.told(fidelity)
         if self._trust_region is not None:
             self.policy = replace(self.policy, trust=self._trust_region.next(self.policy.trust, fidelity))
 
