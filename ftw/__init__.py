@@ -5,6 +5,7 @@ from ftw.errors import FtwError
 from ftw.gradients.layout import packed_candidates
 from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.quotas import WeightQuota
+from ftw.ridges import RidgeTowards
 from ftw.selector import Selector
 from ftw.target import Target
 from ftw.watching import DecisionLog
@@ -12,6 +13,7 @@ from ftw.watching import DecisionLog
 __all__ = [
     "DecisionLog",
     "FtwError",
+    "RidgeTowards",
     "Selection",
     "SelectionProblem",
     "Selector",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ftw.errors import ConfigurationError
@@ -16,8 +17,8 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: Any, least: float) -> None:
-    """Raise `ConfigurationError` unless the value is a number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+    """Raise `ConfigurationError` unless the value is a finite number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
         raise ConfigurationError(
-            f"{name} is {value!r}; a number of at least {least} is needed; set it so or leave it out."
+            f"{name} is {value!r}; a finite number of at least {least} is needed; set it so or leave it out."
         )

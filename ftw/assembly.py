@@ -28,6 +28,11 @@ GEOMETRIES = ("curvature", "update", "vanilla")
 OBJECTIVES = ("match", "utility")
 REFERENCES = ("pool", "target", "previous")
 
+UNEXPLAINED = (
+    "alignment, Gram or offset is not finite although no candidate's contribution is to blame; numbers overflow, or the "
+    "optimizer's state or a gradient outside the candidates holds NaN; inspect optimizer.state, or lower the loss."
+)
+
 
 def measure(
     contributions: Contributions,
@@ -77,10 +82,7 @@ def measure(
             f"all {contributions.count} candidates of the pool have NaN or infinite contributions; there is nothing "
             "to select; lower the learning rate or look at the loss."
         )
-    raise NonFiniteError(
-        "alignment or Gram is not finite although every candidate's contribution is; numbers overflow, or the "
-        "optimizer's state or a gradient outside the candidates holds NaN; inspect optimizer.state, or lower the loss."
-    )
+    raise NonFiniteError(UNEXPLAINED)
 
 
 def _pass(
@@ -294,11 +296,17 @@ def _apart(contributions: Contributions, part: _Part) -> Iterator[_Part]:
 
 def _kind(theta: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """What small parameters must share for one update to serve them side by side."""
-    shared = tuple(
-        (key, None if _is_like(value, theta) else value.item() if isinstance(value, Tensor) else value)
-        for key, value in sorted(state.items())
-    )
+    shared = tuple((key, _mark(value, theta)) for key, value in sorted(state.items(), key=lambda item: str(item[0])))
     return id(group), theta.device, theta.dtype, shared
+
+
+def _mark(value: Any, theta: Tensor) -> Any:
+    """Alike where one entry of the state may stand for the other; entries like the parameter are joined instead."""
+    if _is_like(value, theta):
+        return ...
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def _is_like(value: Any, theta: Tensor) -> bool:
@@ -306,10 +314,11 @@ def _is_like(value: Any, theta: Tensor) -> bool:
 
 
 def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Parameter, Mapping[str, Any]]:
-    """Parameter -> its group. Where all learning rates are 0 (the first step of a linear warm-up), they read as 1.
+    """Parameter -> its group. Where all learning rates are 0 (the first step of a linear warm-up), they read as the
+    rates that a scheduler starts from (`initial_lr`), or as 1 where there are none.
 
-    Everything is linear in the learning rate, so that the weights are those of any small rate, and the moments of
-    the optimizer are fed as well as in any other step.
+    Weights depend on the ratios of the groups' rates alone, so that they are those of the warm-up's next step, and the
+    moments of the optimizer are fed as well as in any other step.
     """
     groups: dict[Parameter, Mapping[str, Any]] = {p: group for group in optimizer.param_groups for p in group["params"]}
     if any(p not in groups for p in parameters):
@@ -318,7 +327,13 @@ def groups_of(optimizer: Optimizer, parameters: Sequence[Parameter]) -> dict[Par
             "to the optimizer it was recorded for; discard() it first."
         )
     if is_idle(optimizer):
-        groups = {p: {**group, "lr": 1.0} for p, group in groups.items()}
+        started = [float(group.get("initial_lr") or 0.0) for group in optimizer.param_groups]
+        scheduled = any(started)
+        groups = {
+            p: {**group, "lr": rate if scheduled else 1.0}
+            for group, rate in zip(optimizer.param_groups, started, strict=True)
+            for p in group["params"]
+        }
     return groups
 
 

@@ -1,15 +1,18 @@
 """The command line: `ftw run`, `ftw demo`, `ftw list`. Parses options; the work is in `ftw.experiment`.
 
-Whatever the user got wrong ends as one line on stderr and exit code 2; an interrupt ends with 130.
+Whatever the user got wrong ends as one line on stderr and exit code 2; an interrupt ends with 130, and a reader of the
+output that has seen enough (`ftw list | head`) with 141, as other commands end then.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _demo(arguments)
         else:
             _run(arguments)
+        sys.stdout.flush()  # here, where a pipe that was closed can still be caught
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain of the pipe then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except FtwError as error:
         print("ftw: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -47,6 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ftw", description="Filter-then-Weight: choose and reweight the samples of every step.")
+    parser.add_argument("--version", action="version", version=f"ftw {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,run,list}")
     demo = commands.add_parser("demo", help="compare methods on generated data; needs no file and no network")
     _add_common(demo, steps=60, seeds=(0, 1, 2), max_length=192)
@@ -58,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(run, steps=200, seeds=(0,), max_length=384)
     commands.add_parser("list", help="registered components and the methods to compare")
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("filter-then-weight")
+    except metadata.PackageNotFoundError:
+        return "from a source tree, not installed"
 
 
 def _add_common(parser: argparse.ArgumentParser, *, steps: int, seeds: tuple[int, ...], max_length: int) -> None:

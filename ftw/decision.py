@@ -5,8 +5,9 @@ Sees n-dimensional numbers only; called by the selector with what the assembly m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 from ftw.arguments import at_least, one_of
 from ftw.assembly import OBJECTIVES
 from ftw.errors import ConfigurationError, FilterError, SolverError
+from ftw.filters.all import All
 from ftw.filters.base import Filter
 from ftw.measurement import Measurement
 from ftw.problem import Selection, SelectionProblem, Solution, Status
 from ftw.quotas import WeightQuota
+from ftw.ridges import RidgeTowards
 from ftw.scoring import Scores
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import ConstraintSet
@@ -47,7 +50,7 @@ class Policy:
     solver: WeightSolver
     constraints: ConstraintSet | ConstraintMaker | WeightQuota
     budget: float
-    ridge: float
+    ridge: float | RidgeTowards
     objective: str
     trust: float
     total: str
@@ -64,13 +67,19 @@ class Policy:
             )
         one_of("total", self.total, TOTALS)
         one_of("targets", self.targets, SEVERAL)
-        if self.targets != "mean" and not self.solver.needs_gram:
+        if self.targets != "mean" and math.isinf(self.solver.tolerance):
             raise ConfigurationError(
                 f"targets={self.targets!r} was given with {type(self.solver).__name__}, whose weights follow a rule of "
                 "their own; choose a solver that minimises, such as 'pgd', or targets='mean'."
             )
         check_budget(self.budget)
-        at_least("ridge", self.ridge, 0.0)
+        if not isinstance(self.ridge, RidgeTowards):
+            at_least("ridge", self.ridge, 0.0)
+        elif math.isinf(self.solver.tolerance):
+            raise ConfigurationError(
+                f"ridge={self.ridge!r} was given with {type(self.solver).__name__}, whose weights follow a rule of "
+                "their own; choose a solver that minimises, such as 'pgd', or leave the ridge out."
+            )
         if not self.trust > 0:
             raise ConfigurationError(
                 f"trust is {self.trust!r}; it must be positive; 1 is the optimizer's own curvature."
@@ -79,6 +88,21 @@ class Policy:
             raise ConfigurationError(
                 f"trust={self.trust} is given with objective='match'; it acts on objective='utility' only."
             )
+
+    def require_columns(self, given: Collection[str]) -> None:
+        """Checks before a step is run that filter, quota and ridge will find the columns that they read.
+
+        Raises:
+            ConfigurationError: one is missing.
+        """
+        self.filter.require_columns(given)
+        for part in self.constraints, self.ridge:
+            name = part.column if isinstance(part, WeightQuota | RidgeTowards) else None
+            if name is not None and name not in given:
+                raise ConfigurationError(
+                    f"{type(part).__name__} needs the column {name!r} of each candidate, and it is missing; pass it "
+                    f"with record(extras={{{name!r}: one entry for each candidate}})."
+                )
 
     def decide(
         self,
@@ -171,22 +195,50 @@ class Policy:
             alignment: (n,) of the whole pool.
             mass, generator, absent, extras: as for `decide`.
         """
-        gone = set(absent)
-        full_mass = _normalised(mass, gone)
-        present = torch.tensor([i for i in range(len(mass)) if i not in gone], dtype=torch.long)
-        k = min(_budget(self.budget, len(present)), len(present))
+        present, problem = self._without_gram(alignment, mass, generator, absent, extras)
         if self.filter.needs_gram:
             order = torch.argsort(alignment[present], descending=True, stable=True)
-            return present[order[: 2 * k]].sort().values
+            return present[order[: 2 * problem.budget]].sort().values
+        return present[_check_indices(self.filter(problem), problem, self.filter)]
+
+    def shortlist(
+        self,
+        alignment: Tensor,
+        mass: Tensor,
+        generator: torch.Generator,
+        absent: Sequence[int] = (),
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Tensor, Policy]:
+        """Indices (m,) of those whose K decides, ascending, and the policy that decides among them: exact.
+
+        Args: as for `choose`.
+        """
+        present, problem = self._without_gram(alignment, mass, generator, absent, extras)
+        index, rest = self.filter.shortlist(problem)
+        if rest is None:
+            index = _check_indices(index, problem, self.filter)
+        return present[index].sort().values, replace(self, filter=All() if rest is None else rest)
+
+    def _without_gram(
+        self,
+        alignment: Tensor,
+        mass: Tensor,
+        generator: torch.Generator,
+        absent: Sequence[int],
+        extras: Mapping[str, Sequence[Any]] | None,
+    ) -> tuple[Tensor, SelectionProblem]:
+        """Who is on offer, (m,), and their problem without K."""
+        gone = set(absent)
+        present = torch.tensor([i for i in range(len(mass)) if i not in gone], dtype=torch.long)
         problem = SelectionProblem(
             gram=None,
             alignment=alignment[present],
-            budget=k,
-            mass=full_mass[present],
+            budget=min(_budget(self.budget, len(present)), len(present)),
+            mass=_normalised(mass, gone)[present],
             generator=generator,
             extras={name: [column[i] for i in present.tolist()] for name, column in (extras or {}).items()},
         )
-        return present[_check_indices(self.filter(problem), problem, self.filter)]
+        return present, problem
 
     def share_equally(
         self, chosen: Tensor, scores: Scores, geometry: str, mass: Tensor, absent: Sequence[int] = ()
@@ -233,23 +285,23 @@ class Policy:
         return measurement.gained / self.trust, chosen.alignment - bend, chosen.alignments - bend[:, None]
 
     def _weigh(self, problem: SelectionProblem, chosen: Tensor, count: int) -> Solution:
-        gram = problem.gram_block(chosen)
-        m = len(chosen)
-        gram = gram + self.ridge * (gram.trace() / m) * torch.eye(m, dtype=gram.dtype)
-        assert problem.mass is not None
-        allowed = self.constraints
-        if isinstance(allowed, WeightQuota):
-            labels = problem.extra(allowed.column, "WeightQuota")
-            allowed = allowed(problem.mass[chosen], count, [labels[i] for i in chosen.tolist()])
-        elif not isinstance(allowed, ConstraintSet):
-            allowed = allowed(problem.mass[chosen], count)
-        solution: Solution
-        if problem.alignments is not None and self.targets == "worst":
-            solution = solve_worst_case(gram, problem.alignments[chosen], allowed, self.solver)
+        gram, alignment, m = problem.gram_block(chosen), problem.alignment[chosen], len(chosen)
+        several = None if problem.alignments is None else problem.alignments[chosen]
+        allowed = self._allowed(problem, chosen, count)
+        unit, pull = float(gram.trace() / m), torch.zeros_like(alignment)
+        if isinstance(self.ridge, RidgeTowards):
+            strength = self.ridge.strength * unit
+            pull = strength * self.ridge.reference(problem, chosen, gram, allowed)
         else:
-            if problem.alignments is not None and self.targets == "no_harm":
-                allowed = NoHarm(allowed, problem.alignments[chosen])
-            solution = self.solver.solve(gram, problem.alignment[chosen], allowed)
+            strength = self.ridge * unit
+        gram = gram + strength * torch.eye(m, dtype=gram.dtype)
+        solution: Solution
+        if several is not None and self.targets == "worst":
+            solution = solve_worst_case(gram, several + pull[:, None], allowed, self.solver)
+        else:
+            if several is not None and self.targets == "no_harm":
+                allowed = NoHarm(allowed, several)
+            solution = self.solver.solve(gram, alignment + pull, allowed)
         if solution.weights.shape != (m,) or not bool(torch.isfinite(solution.weights).all()):
             raise SolverError(
                 f"{type(self.solver).__name__} returned weights of shape {tuple(solution.weights.shape)}, finite or "
@@ -257,6 +309,17 @@ class Policy:
                 "report it to the solver's author, or use 'pgd'."
             )
         return solution
+
+    def _allowed(self, problem: SelectionProblem, chosen: Tensor, count: int) -> ConstraintSet:
+        """The set of weights of the chosen, of `count` candidates on offer."""
+        if isinstance(self.constraints, ConstraintSet):
+            return self.constraints
+        assert problem.mass is not None
+        mass = problem.mass[chosen]
+        if isinstance(self.constraints, WeightQuota):
+            labels = problem.extra(self.constraints.column, "WeightQuota")
+            return self.constraints(mass, count, [labels[i] for i in chosen.tolist()])
+        return self.constraints(mass, count)
 
     def overflow(self, n: int, geometry: str) -> Selection:
         """The selection of a step whose contributions overflow under a GradScaler: all weights 1.

@@ -75,6 +75,19 @@ class Measurement:
         for (owner, name, mine), (_, _, theirs) in zip(self._tensors(), other._tensors(), strict=True):
             setattr(owner, name, mine + theirs.to(mine.device))
 
+    def flat(self) -> Tensor:
+        """All sums as one float64 vector on the CPU."""
+        return torch.cat([tensor.cpu().flatten() for _, _, tensor in self._tensors()])
+
+    def like(self, flat: Tensor) -> Measurement:
+        """A measurement of this one's form with the sums of such a vector."""
+        n, m = self.true.alignments.shape
+        result = Measurement(n, "curvature" if self.chosen is self.true else "vanilla", flat.device, m)
+        parts = flat.split([tensor.numel() for _, _, tensor in self._tensors()])
+        for (owner, name, tensor), part in zip(result._tensors(), parts, strict=True):
+            setattr(owner, name, part.view(tensor.shape))
+        return result
+
     def shared_by(self, m: int) -> Measurement:
         """This measurement of a single candidate as one of m, each with an equal part: exact for equal weights."""
         geometry = "curvature" if self.chosen is self.true else "vanilla"

@@ -10,6 +10,7 @@ and the selector undoes that where a step fails or overflows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw.assembly import measure
+from ftw.assembly import UNEXPLAINED, measure
 from ftw.curvature.base import Curvature
 from ftw.decision import Policy
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
@@ -29,7 +30,7 @@ from ftw.gradients.recorder import Recorder
 from ftw.measurement import Measurement
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner
-from ftw.problem import Selection
+from ftw.problem import Selection, Status
 from ftw.scoring import Scores, curvature, score, updates
 from ftw.survivors import along, read_survivors, sum_survivors, weigh_survivors
 
@@ -43,8 +44,10 @@ class Decided(NamedTuple):
     selection: Selection
     contributions: Contributions | None  # None: lost to an overflow beyond the memory cap
     members: Tensor | None = None  # (m,) whose contributions they are; None: everybody's
-    total: Mapping[Parameter, Tensor] | None = None  # the reference gradient, where it is not the pool's
+    total: Mapping[Parameter, Tensor] | None = None  # reference gradient, where it is not the sum of `contributions`
+    relinearised: bool = False
     gradient: Mapping[Parameter, Tensor] | None = None  # sum_i w_i c_i, where a second backward has formed it
+    residual: Mapping[Parameter, Tensor] | None = None  # of all processes, where there are several
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Step:
         scaled: a GradScaler is on, so that overflow is routine.
         early: whether g was known before the backward.
         uncovered: parameters whose gradient a rerun will form; proved: that it can be trusted.
+        residual: gradient that no candidate owns.
     """
 
     recorder: Recorder
@@ -84,11 +88,7 @@ class Step:
     early: bool
     uncovered: list[Parameter]
     proved: bool
-
-    @property
-    def residual(self) -> Mapping[Parameter, Tensor]:
-        """Gradient that no candidate owns."""
-        return self.recorder.residual
+    residual: Mapping[Parameter, Tensor]
 
     def measure(
         self,
@@ -109,6 +109,12 @@ class Step:
     def choose(self, alignment: Tensor, absent: Sequence[int]) -> Tensor:
         """The filter on alignments alone; see `Policy.choose`."""
         return self.policy.choose(alignment, self.mass, self.generator, absent, self.extras)
+
+    def nothing(self) -> Selection:
+        """Of a process that offers no candidate."""
+        none = torch.zeros(0, dtype=torch.float64)
+        diagnostics = {"candidates": 0, "geometry": self.geometry, "quarantined": [], "alignment": none, "mass": none}
+        return Selection(none.long(), none, 0.0, Status.NOTHING_USEFUL, diagnostics)
 
     def overflow(self, contributions: Contributions | None) -> Decided:
         """The scaler must see what overflowed, skip the step and back off."""
@@ -151,7 +157,7 @@ def decide_samples(step: Step, absent: Sequence[int] = ()) -> Decided:
         selection.diagnostics["predicted_drops"] = dict(zip(step.names, drops, strict=True))
     if contributions.error is not None:
         selection.diagnostics["sketch_error"] = contributions.error
-    return Decided(selection, contributions, total=total)
+    return Decided(selection, contributions, total=total, relinearised=total is not None)
 
 
 def decide_beyond_cap(step: Step) -> Decided:
@@ -159,6 +165,8 @@ def decide_beyond_cap(step: Step) -> Decided:
     window = step.recorder.window
     alignment = window.alignments()
     faulty = (~torch.isfinite(alignment)).nonzero().flatten().tolist()
+    if faulty and not all_finite((step.recorder.direction or {}).values()):
+        raise NonFiniteError(UNEXPLAINED)
     if faulty and (step.scaled or len(faulty) == len(alignment)):
         if not step.scaled:
             raise NonFiniteError(
@@ -230,7 +238,11 @@ def decide_tokens(step: Step) -> Decided:
     scores = score(contributions, *parts, step.geometry, step.reference)
     total = scores.total if step.reference == "pool" else None
     finite = torch.isfinite(scores.alignment)
-    if not bool(finite.all()):
+    if not (bool(finite.all()) and math.isfinite(scores.offset_drop)):
+        # The sum tells without a look at each of very many tokens.
+        faulty = not all_finite([*contributions.combine().values(), *step.residual.values()])
+        if not faulty:
+            raise NonFiniteError(UNEXPLAINED)
         if step.scaled:
             return step.overflow(contributions)
         raise NonFiniteError(
@@ -257,9 +269,9 @@ def decide_tokens(step: Step) -> Decided:
         else:
             selection = step.policy.share_equally(chosen, scores, step.geometry, step.mass, absent)
             combined = contributions.combine(selection.weights)
-            bend = curvature(combined, *parts, step.reference, total)
-            selection.diagnostics["curvature"] = bend
-            drop = selection.diagnostics["first_order"] - bend
+            bends = curvature(combined, *parts, step.reference, total)
+            selection.diagnostics.update(curvature=sum(bends), curvature_parts=bends)
+            drop = selection.diagnostics["first_order"] - sum(bends)
             decided = Decided(replace(selection, predicted_drop=drop), contributions)
     shapes = {tuple(f.layout.owner.shape) for f in step.recorder.window.forwards if f.layout.owner is not None}
     if len({shape[1] for shape in shapes}) == 1:
@@ -269,15 +281,15 @@ def decide_tokens(step: Step) -> Decided:
 
 def displacement_of(step: Step, decided: Decided) -> Callable[[Mapping[Parameter, Tensor]], dict[Parameter, Tensor]]:
     """Gradient -> displacement, under the M that the decision was made with."""
-    reference, total = step.reference, decided.total
+    reference, total = "pool" if decided.relinearised else step.reference, decided.total
     if total is not None:
-        reference = "pool"
+        pass
     elif decided.members is not None:
         total = step.target if step.early else None
     elif reference != "target" and decided.contributions is not None:
         total = decided.contributions.combine()
     if total is not None:
-        rest = step.residual
+        rest = step.residual if decided.residual is None else decided.residual
         total = {**rest, **{p: known + rest[p] if p in rest else known for p, known in total.items()}}
 
     def predict(gradient: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:

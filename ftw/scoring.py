@@ -119,11 +119,14 @@ def curvature(
     residual: Mapping[Parameter, Tensor],
     reference: str,
     total: Mapping[Parameter, Tensor] | None = None,
-) -> float:
-    """`1/2 d'P^-1 d` of the step `d = o + M G`, in nats (DESIGN, section 2)."""
-    result = 0.0
+) -> tuple[float, float, float]:
+    """`1/2 d'P^-1 d` of the step `d = o + M G`, in nats, in three parts: constant, linear and quadratic in G (DESIGN,
+    section 2)."""
+    constant = linear = quadratic = 0.0
     for p, _, update in updates(gradient, optimizer, preconditioner, target, reference, total, residual):
         root = update.scale.sqrt()
-        whole = root.solve(update.offset) + root.apply(gradient[p].to(update.offset.dtype))
-        result += update.gain / 2 * float(whole.square().sum(dtype=torch.float64))
-    return result
+        pull, push = root.solve(update.offset), root.apply(gradient[p].to(update.offset.dtype))
+        constant += update.gain / 2 * float(pull.square().sum(dtype=torch.float64))
+        linear += update.gain * float((pull * push).sum(dtype=torch.float64))
+        quadratic += update.gain / 2 * float(push.square().sum(dtype=torch.float64))
+    return constant, linear, quadratic

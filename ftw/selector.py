@@ -9,7 +9,6 @@ Longer than others because of the arguments, which are documented and checked wh
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,25 +24,29 @@ from ftw.arguments import at_least, one_of
 from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle
 from ftw.curvature.base import Curvature
 from ftw.decision import ConstraintMaker, Policy
-from ftw.errors import ConfigurationError, RecordingError
+from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
 from ftw.fidelity import Expectation, Fidelity, TrustRegion, Watcher, total_norm
 from ftw.filters.base import Filter
 from ftw.gradients.base import GradientExtractor
 from ftw.gradients.coverage import CoverageTable, describe
 from ftw.gradients.recorder import Recorder
 from ftw.gradients.rules import LayerRule, rules_for
+from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.optim_state.wrappers import unwrapped
 from ftw.problem import Selection, Status
+from ftw.processes.decide import decide_together
+from ftw.processes.setting import Setting
 from ftw.quotas import WeightQuota
+from ftw.ridges import RidgeTowards
 from ftw.routes import Decided, Step, decide_beyond_cap, decide_samples, decide_tokens, displacement_of
 from ftw.scoring import directions
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
 from ftw.target import LossFunction, Target
 from ftw.targets import Targets
-from ftw.watching.journal import Journal, journal_of
+from ftw.watching.journal import Journal
 from ftw.watching.log import DecisionLog
 from ftw.writing import Writer
 
@@ -78,7 +81,8 @@ class Selector:
             by source; default `CappedCone(cap)`. Whatever the set, see `total`.
         cap: largest weight as a multiple of the chosen candidates' mean weight, 4 by default; goes with the default
             constraints only.
-        ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default.
+        ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default. Or a
+            `RidgeTowards`, which pulls towards equal weights, or those of a column, instead of towards 0.
         geometry: "curvature" (M), "update" (M^2) or "vanilla" (learning rate only).
         objective: "match" (make the update that the target gradient would make) or "utility" (second-order fall of
             the target loss, offset included).
@@ -120,6 +124,11 @@ class Selector:
             for modules without a rule whose rows do not depend on each other. A `LayerRule` of your own goes here too.
         residual: gradient that no candidate owns: "error", or "keep" to add it unweighted.
         lean: form no pool gradient in the backward. False leaves the trainer's `p.grad` in place until `apply()`.
+        pool: what the candidates of a step are where `torch.distributed` runs several processes: "global" (those of
+            all of them: every process finds the same selection) or "local" (each decides alone, and the weighted
+            gradients are averaged). Either way `apply()` leaves the same gradient on all, and nothing else must
+            synchronise it; a `DistributedDataParallel` model is given as it is. See docs/processes.md.
+        process_group: the data-parallel processes; default: all.
         check: audit identity and completeness in the first record.
         seed: of the generator that random filters draw from.
 
@@ -145,7 +154,7 @@ class Selector:
         solver: str | type[WeightSolver] | WeightSolver | None = None,
         constraints: ConstraintSet | ConstraintMaker | WeightQuota | None = None,
         cap: float | None = None,
-        ridge: float | None = None,
+        ridge: float | RidgeTowards | None = None,
         geometry: str | None = None,
         objective: str | None = None,
         trust: float | str | TrustRegion = 1.0,
@@ -166,6 +175,8 @@ class Selector:
         functional: Sequence[str | type[nn.Module] | LayerRule] = (),
         residual: str = "error",
         lean: bool = True,
+        pool: str = "global",
+        process_group: torch.distributed.ProcessGroup | None = None,
         check: bool = True,
         seed: int = 0,
     ) -> None:
@@ -238,7 +249,16 @@ class Selector:
             self.target = target
         else:
             self.target = Target(target, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
-        self.model = model
+        self._processes = Setting(model, pool, process_group)
+        self._processes.check(
+            extractor=gradients,
+            curvature=curvature,
+            granularity=granularity,
+            memory_cap=memory_cap,
+            uncovered=uncovered,
+            watched=bool(watch) or isinstance(trust, TrustRegion),
+        )
+        self.model = model = self._processes.model
         self._given = optimizer
         optimizer = self.optimizer
         self.policy = Policy(
@@ -302,9 +322,11 @@ class Selector:
             "granularity": granularity,
             "watch": str(watch),
         }
-        self._journal: Journal | None = journal_of(log, optimizer, about, samples=granularity == "sample")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _warn_of_processes(torch.distributed.get_world_size())
+        self._journal: Journal | None = None
+        if log is not None:
+            made = log if isinstance(log, DecisionLog) else DecisionLog(log)
+            if self._processes.group is None or self._processes.group.rank == 0:
+                self._journal = Journal(made, optimizer, about, candidates=granularity == "sample")
         self._step = 0
         self._masses: list[Tensor] = []
         self._extras: list[Mapping[str, Any]] = []
@@ -312,9 +334,12 @@ class Selector:
         self._scaled = False
         self._equal_mass = True
         self._decided: Decided | None = None
+        self._further: list[dict[Parameter, Tensor]] = []  # of several targets
         self._writer = Writer(self._recorder, scales_uncovered=uncovered == "scale")
         self._g: dict[Parameter, Tensor] | None = None  # the target gradient of this window
         self._early: dict[Parameter, Tensor] | None = None  # the same, where it was needed before the backward
+        self._early_geometry: str | None = None
+        self._unreached: frozenset[str] = frozenset()  # names of parameters that the last window had no gradient of
         self._before = self._snapshot()
 
     @property
@@ -345,13 +370,14 @@ class Selector:
                 candidate a row. For packed rows see `ftw.packed_candidates`; for preference pairs give the chosen
                 and the rejected row of a pair the same number.
             extras: what else is known of the candidates of the block, name -> one entry each: numbers such as "loss",
-                or labels such as "source". For filters that need it (docs/filters.md). "learning_rate", the largest of
-                the optimizer's groups, is always there.
+                or labels such as "source". For filters (docs/filters.md), quotas and ridges that read it.
+                "learning_rate", the largest of the optimizer's groups, is always there.
 
         Raises:
-            ConfigurationError: mass does not fit. See `Recorder.record` for the rest.
+            ConfigurationError: mass does not fit, or a column is missing. See `Recorder.record` for the rest.
+            UnsupportedOptimizerError: the optimizer has got an option that is not modelled since the last window.
         """
-        self.policy.filter.require_columns({"learning_rate", *(extras or {})})
+        self.policy.require_columns({"learning_rate", *(extras or {})})
         if self._decided is not None:  # select() ended that window
             self._clear()
         scaled = scaler is not None and scaler.is_enabled()
@@ -376,7 +402,8 @@ class Selector:
     def _record(
         self, before: int, scale: float, mass: Any, candidates: Any, extras: Mapping[str, Any]
     ) -> Iterator[None]:
-        with self._recorder.record(loss_scale=scale, candidates=candidates):
+        parts = scale * self._processes.share
+        with self._processes.unsynchronised(), self._recorder.record(loss_scale=parts, candidates=candidates):
             yield
             if before and (mass is None) != self._equal_mass:
                 raise ConfigurationError(
@@ -442,25 +469,31 @@ class Selector:
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, within_window: bool = False) -> dict[str, Any]:
         """Plain data (numbers, tensors) from which a run resumes bitwise: steps, random state, target.
+
+        Args:
+            within_window: in the middle of a window, give the state at its begin, for trainers that save there and
+                drop what was accumulated; the window resumes without what it has recorded so far.
 
         Raises:
             RecordingError: in the middle of a window, whose contributions cannot be saved.
         """
-        if self._decided is None and self._recorder.count:
+        if self._decided is None and self._recorder.count and not within_window:
             raise RecordingError(
                 f"{self._recorder.count} candidates are recorded and not yet applied; state can be saved between steps "
                 "only; call apply() or discard() first."
             )
         autocast = self._recorder.autocast_state
+        early = None if self._early is None or self._decided is not None else self._before.target
         return {
             "version": STATE_VERSION,
             "step": self._step,
             "generator": self._generator.get_state(),
-            "target": self.target.state_dict(),
+            "target": self.target.state_dict(early) if isinstance(self.target, Target) else self.target.state_dict(),
             "trust": self.policy.trust,
             "curvature": None if self.curvature is None else self.curvature.state_dict(),
+            "unreached": sorted(self._unreached),
             "autocast": None if autocast is None else (autocast[0], str(autocast[1]).removeprefix("torch.")),
         }
 
@@ -489,6 +522,7 @@ class Selector:
         if self._journal is not None:
             self._journal.forget()
         self._step, self._generator = step, generator
+        self._unreached = frozenset(state.get("unreached", ()))
         autocast = state.get("autocast")
         self._recorder.autocast_state = None if autocast is None else (autocast[0], getattr(torch, autocast[1]))
 
@@ -500,7 +534,7 @@ class Selector:
                 "apply() or select() was called inside record(), where the backward may still be under way; leave the "
                 "block first."
             )
-        if not self._recorder.count:
+        if not self._recorder.count and self._processes.group is None:
             raise RecordingError(
                 "nothing was recorded since the last step; run forward and backward inside `with selector.record():` "
                 "before apply() or select()."
@@ -512,46 +546,57 @@ class Selector:
         except BaseException:
             self._undo()
             raise
+        touched = self._recorder.window.touched
+        self._unreached = frozenset(name for p, name in self._recorder.parameters.items() if p not in touched)
         self._decided = decided
         return decided
 
     def _decide_window(self) -> Decided:
-        step = self._coming_step()
-        if self._recorder.window.alignment is not None:
-            decided = decide_beyond_cap(step)
-        elif self.granularity == "token":
-            decided = decide_tokens(step)
+        group = self._processes.group
+        if group is None:
+            decided = self._decide_alone(self._coming_step())
+        elif self._processes.pools:
+            decided = decide_together(self._coming_step(), group)
         else:
-            decided = decide_samples(step)
+            with group.together("deciding about its own candidates"):
+                step = self._coming_step()
+                decided = self._decide_alone(step) if self._recorder.count else Decided(step.nothing(), None)
+            if any(group.gather(decided.selection.status == Status.OVERFLOW)):
+                decided = step.overflow(decided.contributions)
         selection = decided.selection
-        if self._extras and self._extras[0]:
-            selection.diagnostics.setdefault("columns", {name: step.extras[name] for name in self._extras[0]})
+        if not self._processes.pools and (columns := self._given_columns()):
+            selection.diagnostics["columns"] = columns
         if selection.status == Status.OVERFLOW:
             self._restore(self._before)
         else:
             self._step += 1
             selection.diagnostics["step"] = self._step
             if is_idle(self.optimizer):
-                selection.diagnostics.update(first_order=0.0, curvature=0.0, offset_drop=0.0)
+                nothing: dict[str, Any] = {"first_order": 0.0, "curvature": 0.0, "offset_drop": 0.0}
+                nothing |= {"curvature_parts": (0.0,) * 3, "predicted_drops": dict.fromkeys(step.names, 0.0)}
+                selection.diagnostics.update({k: v for k, v in nothing.items() if k in selection.diagnostics})
                 decided = decided._replace(selection=replace(selection, predicted_drop=0.0))
         return decided
 
+    def _decide_alone(self, step: Step) -> Decided:
+        if self._recorder.window.alignment is not None:
+            return decide_beyond_cap(step)
+        return decide_tokens(step) if self.granularity == "token" else decide_samples(step)
+
     def _coming_step(self) -> Step:
         rate = max((float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr")), default=0.0)
-        names = self._extras[0] if self._extras else {}
-        given = {name: [entry for block in self._extras for entry in block[name]] for name in names}
         return Step(
             recorder=self._recorder,
             optimizer=self.optimizer,
             preconditioner=self.preconditioner,
             policy=self.policy,
             target=self._target(),
-            further=self.target.gradients if isinstance(self.target, Targets) else (),
+            further=self._further,
             names=self.target.names if isinstance(self.target, Targets) else (),
             geometry=self._geometry(),
             reference=self.reference,
-            mass=torch.cat(self._masses),
-            extras={"learning_rate": [rate] * self._recorder.count, **given},
+            mass=torch.cat(self._masses) if self._masses else torch.zeros(0, dtype=torch.float64),
+            extras={"learning_rate": [rate] * self._recorder.count, **self._given_columns()},
             generator=self._generator,
             curvature=self.curvature,
             relinearise=self.relinearise,
@@ -559,7 +604,13 @@ class Selector:
             early=self._early is not None,
             uncovered=self._writer.uncovered,
             proved=self._writer.proved,
+            residual=self._recorder.residual,
         )
+
+    def _given_columns(self) -> dict[str, list[Any]]:
+        """What `record(extras=...)` brought of the window's candidates here."""
+        names = self._extras[0] if self._extras else {}
+        return {name: [entry for block in self._extras for entry in block[name]] for name in names}
 
     def _snapshot(self) -> Snapshot:
         curvature = None if self.curvature is None else self.curvature.snapshot()
@@ -581,7 +632,7 @@ class Selector:
     def _forget_early(self) -> None:
         if self._early is not None:
             self._restore(self._before)
-            self._early, self._recorder.direction = None, None
+            self._early = self._early_geometry = self._recorder.direction = None
 
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
@@ -589,19 +640,39 @@ class Selector:
             return self._early
         if self._g is None:
             names = {name: p for p, name in self._recorder.parameters.items()}
-            with self._recorder.autocast():
-                self._g = self.target.gradient(self.model, names)
+            with self._processes.together("working out its target's gradient"), self._recorder.autocast():
+                g = self.target.gradient(self.model, names)
+            several = self.target if isinstance(self.target, Targets) else None
+            self._further = [] if several is None else several.gradients
+            if self._processes.pools and several is not None:
+                each = zip(several.gradients, several.each.values(), strict=True)
+                self._further = [self._processes.mean(gradient, target.rows) for gradient, target in each]
+                g = several.mean(self._further)
+            elif self._processes.pools:
+                g = self._processes.mean(g, self.target.rows)
+            self._g = g
         return self._g
 
-    def _geometry(self) -> str:
-        """The geometry of the coming step: vanilla while M's history is too short to be trusted."""
-        recorded = list(self._recorder.parameters)
-        groups = groups_of(self.optimizer, recorded)
-        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in recorded]
+    def _geometry(self, coming: bool = False) -> str:
+        """The geometry of the coming step: vanilla while M's history is too short to be trusted.
+
+        Only parameters that the window has reached count, for others (a head that is never used) may never get a
+        history. Of a `coming` window, before its backward, those that the last one has reached, and new ones.
+        """
+        if self._early_geometry is not None:
+            return self._early_geometry
+        touched, recorded = self._recorder.window.touched, self._recorder.parameters
+        reached = [p for p, name in recorded.items() if (name not in self._unreached if coming else p in touched)]
+        groups = groups_of(self.optimizer, reached)
+        ages = [self.preconditioner.age(groups[p], state_of(self.optimizer, p)) for p in reached]
         return "vanilla" if any(age is not None and age < self.warmup for age in ages) else self.geometry
 
     def _begin_window(self) -> None:
-        """Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward."""
+        """The optimizer is looked at again: groups are added, and options changed, in the middle of a run.
+
+        Where a cap may force pieces to be dropped, what they are reduced to must be known before the backward.
+        """
+        self.preconditioner.check(self.optimizer)
         if self._recorder.memory_cap is None or self.reference == "pool":
             return
         self._recorder.refresh_layers()
@@ -614,12 +685,13 @@ class Selector:
     def _prepare_direction(self) -> None:
         try:
             self._early = self._target()
+            self._early_geometry = self._geometry(coming=True)
             self._recorder.direction = directions(
-                self._early, self.optimizer, self.preconditioner, self._early, self._geometry(), self.reference
+                self._early, self.optimizer, self.preconditioner, self._early, self._early_geometry, self.reference
             )
         except BaseException:
             self._restore(self._before)
-            self._early = None
+            self._early = self._early_geometry = None
             raise
 
     # -- fidelity --------------------------------------------------------------------------------------------------
@@ -638,8 +710,9 @@ class Selector:
         self._watcher.expect(Expectation(selection, self.policy.trust, total_norm(written), displacement))
 
     def _target_loss(self) -> float:
-        with self._recorder.autocast():
-            return self.target.loss(self.model)
+        with self._processes.together("working out its target's loss"), self._recorder.autocast():
+            loss = self.target.loss(self.model)
+        return self._processes.mean_number(loss, self.target.rows) if self._processes.pools else loss
 
     def _learn(self, fidelity: Fidelity) -> None:
         self.fidelity = fidelity
@@ -651,29 +724,51 @@ class Selector:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def _write(self, decided: Decided) -> None:
-        selection = decided.selection
-        recorded = list(self._recorder.parameters)
-        gradients: dict[Parameter, Tensor | None]
-        if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
-            gradients = dict.fromkeys([*recorded, *self._writer.uncovered])
-        elif (
-            selection.status == Status.OVERFLOW and decided.contributions is None
-        ):  # an overflow beyond the memory cap: the scaler must see one
-            gradients = {p: torch.full_like(p, float("inf")) for p in recorded}
+        group = self._processes.group
+        if group is None:
+            gradients = self._gradients(decided)
         else:
-            gradients = dict(self._writer.combine(decided, self._loss_scale, self._scaled))
+            with group.together("forming its part of the weighted gradient"):
+                own = self._gradients(decided)
+                if self.uncovered == "ignore":
+                    unweighted = {p: p.grad for p in self._recorder.uncovered if p.grad is not None}
+                    own |= {p: gradient / self._processes.share for p, gradient in unweighted.items()}
+            # A gradient that the decision was read from is the sum over processes already.
+            summed = self._processes.pools and decided.gradient is not None
+            order = [*(() if summed else self._recorder.parameters), *self._recorder.uncovered]
+            gradients = self._processes.averaged(own, order)
+            decided.selection.diagnostics["sent_bytes"] = group.take_sent()
+            routine = any(group.gather(self._scaled)) or decided.selection.status == Status.OVERFLOW
+            if not routine and not all_finite(g for g in gradients.values() if g is not None):
+                raise NonFiniteError(
+                    "the sum of the processes' weighted gradients overflows; it was not written; discard() this step "
+                    "on all of them, and lower the loss or the cap."
+                )
         for p, gradient in gradients.items():
             if gradient is None or p.grad is None:
                 p.grad = gradient
             else:
                 p.grad.copy_(gradient)
 
+    def _gradients(self, decided: Decided) -> dict[Parameter, Tensor | None]:
+        """What this process's candidates give; None: no gradient at all."""
+        selection = decided.selection
+        recorded = list(self._recorder.parameters)
+        if selection.status == Status.NOTHING_USEFUL and self.nothing_useful == "skip":
+            return dict.fromkeys([*recorded, *self._writer.uncovered])
+        if selection.status == Status.OVERFLOW and decided.contributions is None:
+            # an overflow beyond the memory cap: the scaler must see one
+            return {p: torch.full_like(p, float("inf")) for p in recorded}
+        return dict(self._writer.combine(decided, self._loss_scale, self._scaled))
+
     def _clear(self) -> None:
         self._recorder.clear()
         self._recorder.direction = None
         self._masses, self._extras = [], []
         self._decided = None
-        self._g = self._early = None
+        self._g = self._early = self._early_geometry = None
+        self._further = []
+        self._scaled = False
 
 
 def _columns(extras: Mapping[str, Any], count: int, before: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -710,15 +805,6 @@ def _refuse_whole_window(curvature: Any, relinearise: bool, other: str) -> None:
         raise ConfigurationError(
             f"{given} was given together with {other}; it reads the contributions of whole samples of the whole "
             "window; leave one of the two out."
-        )
-
-
-def _warn_of_processes(size: int) -> None:
-    if size > 1:
-        warnings.warn(
-            f"the selector runs in one of {size} processes and knows its own alone: apply() reduces nothing; record "
-            "inside no_sync() and average p.grad over the processes after apply(), or they will diverge.",
-            stacklevel=3,
         )
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ftw.errors import ConfigurationError, NonFiniteError, TargetError
 from ftw.modes import all_finite, evaluating, parked_gradients
 
-Snapshot = tuple[int, int, dict[str, Tensor] | None, int, list[Any] | None]
+Snapshot = tuple[int, int, dict[str, Tensor] | None, int, list[Any] | None, float]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -83,6 +83,8 @@ class Target:
         self._replay: dict[int, Any] = {}  # position -> batch, those walked over since the last snapshot
         self._consumed = 0  # batches that made the present gradient
         self._present: list[Any] | None = None  # those batches, where they are at hand
+        self.rows = 0.0
+        """Samples that the present gradient is the mean of, old ones of an average left aside."""
 
     def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
         """g for this step, parameter -> tensor of its shape and dtype; zero where the loss does not reach.
@@ -122,15 +124,17 @@ class Target:
                 total, rows = total + weight * float(loss), rows + weight
         return total / rows
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position, age and the cached gradient (by parameter name): plain data."""
-        gradient = None if self._gradient is None else {k: v.clone() for k, v in self._gradient.items()}
-        return {"position": self._position, "age": self._age, "consumed": self._consumed, "gradient": gradient}
+    def state_dict(self, at: Snapshot | None = None) -> dict[str, Any]:
+        """Position, age and the cached gradient (by parameter name), now or at a snapshot: plain data."""
+        position, age, cached, consumed, _, rows = self._now() if at is None else at
+        gradient = None if cached is None else {k: v.clone() for k, v in cached.items()}
+        return {"position": position, "age": age, "consumed": consumed, "rows": rows, "gradient": gradient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         position, age, gradient = int(state["position"]), int(state["age"]), state["gradient"]
         self._position, self._age, self._consumed = position, age, int(state.get("consumed", 0))
+        self.rows = float(state.get("rows", 0.0))
         self._present = None
         self._gradient = None if gradient is None else {k: v.clone() for k, v in gradient.items()}
         self._iterator = None
@@ -139,11 +143,14 @@ class Target:
     def snapshot(self) -> Snapshot:
         """What `restore` needs to undo a step; tensors are shared, as they are never changed in place."""
         self._replay = {at: batch for at, batch in self._replay.items() if at >= self._position}
-        return self._position, self._age, self._gradient, self._consumed, self._present
+        return self._now()
+
+    def _now(self) -> Snapshot:
+        return self._position, self._age, self._gradient, self._consumed, self._present, self.rows
 
     def restore(self, snapshot: Snapshot) -> None:
         """Undo to the last snapshot; batches delivered since will be delivered again."""
-        self._position, self._age, self._gradient, self._consumed, self._present = snapshot
+        self._position, self._age, self._gradient, self._consumed, self._present, self.rows = snapshot
 
     def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
@@ -159,6 +166,7 @@ class Target:
                     total[name] = grad * weight if name not in total else total[name].add_(grad, alpha=weight)
             rows += weight
         self._consumed = self._position - begun
+        self.rows = rows
         self._present = present
         if not total:
             raise TargetError(

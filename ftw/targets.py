@@ -6,7 +6,7 @@ Used by the selector in the place of a `Target`; what is made of the single grad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,11 +69,20 @@ class Targets:
                 self.gradients.append(target.gradient(model, parameters))
             except (TargetError, NonFiniteError) as error:
                 raise type(error)(f"target {name!r}: {error}") from error
+        return self.mean(self.gradients)
+
+    def mean(self, gradients: Sequence[Mapping[Parameter, Tensor]]) -> dict[Parameter, Tensor]:
+        """`sum_j weight_j g_j` of gradients in the order of the names."""
         shares = list(self.weights.values())
         return {
-            p: sum((share * g[p] for share, g in zip(shares[1:], self.gradients[1:], strict=True)), shares[0] * first)
-            for p, first in self.gradients[0].items()
+            p: sum((share * g[p] for share, g in zip(shares[1:], gradients[1:], strict=True)), shares[0] * first)
+            for p, first in gradients[0].items()
         }
+
+    @property
+    def rows(self) -> float:
+        """Samples that the present gradients are the means of, in all."""
+        return sum(target.rows for target in self.each.values())
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """As `Target.loss`, by name."""

@@ -54,7 +54,9 @@ class Writer:
         for p in self._recorder.window.touched - combined.keys():  # reached by candidates that were not chosen
             combined[p] = torch.zeros_like(p)
         owned = {p: g * loss_scale for p, g in combined.items()} if uncovered else {}
-        for p, rest in self._recorder.residual.items():
+        # Where the gradient is that of all processes, so is what nobody owns.
+        whole = None if decided.gradient is None else decided.residual
+        for p, rest in (self._recorder.residual if whole is None else whole).items():
             combined[p] = combined[p] + rest if p in combined else rest
         if loss_scale != 1.0:
             combined = {p: g * loss_scale for p, g in combined.items()}

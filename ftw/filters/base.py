@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
@@ -33,6 +34,18 @@ class Filter(ABC):
     @abstractmethod
     def __call__(self, problem: SelectionProblem) -> Tensor:
         """Indices of the chosen candidates, LongTensor (m,), m <= k, best first; empty if nothing is worth taking."""
+
+    def shortlist(self, problem: SelectionProblem) -> tuple[Tensor, Filter | None]:
+        """What can be picked without K, and the filter that picks from it; None: the pick is final.
+
+        For pools whose K is dear: it is then formed for the shortlist only.
+
+        Args:
+            problem: posed without K.
+        """
+        if self.needs_gram:
+            return torch.arange(problem.size), self
+        return self(problem), None
 
     def require_columns(self, given: Collection[str]) -> None:
         """Checks before a step is run that the columns the filter reads will be there.

@@ -51,8 +51,18 @@ class Chain(Filter):
         self.columns = tuple(dict.fromkeys(name for each in self.filters for name in each.columns))
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
-        k, index, part = problem.budget, torch.arange(problem.size), problem
-        for stage, keep in zip(self.filters, (*self.keep, None), strict=True):
+        return self._run(problem, len(self.filters))
+
+    def shortlist(self, problem: SelectionProblem) -> tuple[Tensor, Filter | None]:
+        """What the filters before the first that reads K leave, and the rest of the chain."""
+        stages = next((i for i, each in enumerate(self.filters) if each.needs_gram), len(self.filters))
+        rest = Chain(self.filters[stages:], self.keep[stages:]) if stages < len(self.filters) else None
+        return self._run(problem, stages), rest
+
+    def _run(self, problem: SelectionProblem, stages: int) -> Tensor:
+        """The candidates that the first so many filters leave."""
+        k, index = problem.budget, torch.arange(problem.size)
+        for stage, keep in list(zip(self.filters, (*self.keep, None), strict=True))[:stages]:
             wanted = k if keep is None else max(k, math.ceil(keep * k) if isinstance(keep, float) else keep)
             # Always in the order of the pool, so that a later filter breaks its ties by position there.
             index = index.sort().values

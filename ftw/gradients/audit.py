@@ -174,7 +174,7 @@ def _exchange_all(
             other_args, other_kwargs = tree_map(exchange, (args, dict(kwargs)))
             after = _fingerprints(model, layers, other_args, other_kwargs, layout)
             for i, (layer, old, new) in enumerate(zip(layers, base, after, strict=True)):
-                moved[i] |= _compare(layer, old, new, changed)
+                moved[i] |= _compare(layer, old, new, changed, layout)
     telling = torch.tensor([_is_telling(layer, calls) for layer, calls in zip(layers, base, strict=True)])
     return bool(moved[telling].all())
 
@@ -185,7 +185,9 @@ def _is_telling(layer: TappedLayer, calls: list[Tensor]) -> bool:
     return bool(calls) and not shared
 
 
-def _compare(layer: TappedLayer, before: list[Tensor], after: list[Tensor], changed: Tensor) -> Tensor:  # (n,) bool
+def _compare(
+    layer: TappedLayer, before: list[Tensor], after: list[Tensor], changed: Tensor, layout: Layout
+) -> Tensor:  # (n,) bool
     """Which candidates moved; raises if one moved that was not exchanged."""
     if len(before) != len(after):
         raise CandidateLayoutError(
@@ -197,12 +199,24 @@ def _compare(layer: TappedLayer, before: list[Tensor], after: list[Tensor], chan
         moved |= (first - second).abs() > 1e-4 * first.abs().max().clamp_min(1e-30)
     wrong = moved & ~changed
     if bool(wrong.any()):
-        raise CandidateLayoutError(
-            f"the input of layer {layer.name} ({type(layer.module).__name__}) changes in row {int(wrong.nonzero()[0])} "
-            "when only other candidates change; row i must depend on candidate i alone; look for permuted, time-first "
-            "or mixed rows before that layer, say in record(candidates=...) whose each row or token is, or freeze it."
-        )
+        raise _mixed(layer, int(wrong.nonzero()[0]), packed=layout.owner is not None and layout.owner.dim() == 2)
     return moved
+
+
+def _mixed(layer: TappedLayer, candidate: int, *, packed: bool) -> CandidateLayoutError:
+    where = f"the input of layer {layer.name} ({type(layer.module).__name__}) changes in"
+    if packed:
+        return CandidateLayoutError(
+            f"{where} candidate {candidate} when only others change; samples that are packed into one row must not see "
+            "one another; choose an attention that stops at their borders (in Hugging Face's models 'sdpa', 'eager' or "
+            "flash attention, given position_ids, no attention_mask and no cache), or switch packing and padding-free "
+            "collation off."
+        )
+    return CandidateLayoutError(
+        f"{where} row {candidate} when only other candidates change; row i must depend on candidate i alone; look for "
+        "permuted, time-first or mixed rows before that layer, say in record(candidates=...) whose each row or token "
+        "is, or freeze it."
+    )
 
 
 def _is_batched(leaf: Any, rows: int) -> bool:

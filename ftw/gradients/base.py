@@ -59,6 +59,10 @@ class Contributions:
         """Parameters for which something was recorded."""
         return list(self._pieces)
 
+    def pieces(self, parameter: Parameter) -> list[Piece]:
+        """What is kept of a parameter, quarantined candidates included."""
+        return list(self._pieces.get(parameter, ()))
+
     @property
     def error(self) -> float | None:
         """Estimated relative error of the products that were read; None: they are exact."""

@@ -75,11 +75,14 @@ class OutputGradient:
     def weighted(self, rows: Tensor, factor: Tensor) -> Tensor:  # (m,), (m,) or (m, positions) -> (m, *shape[1:])
         """These rows of the gradient times a factor for each row or position, a new tensor.
 
-        Where the factor is 0 the result is, whatever stands there (NaN too).
+        Where the factor is 0 the result is, whatever stands there (NaN too). An output that has one position less than
+        the factor predicts the next token, which the last does not have.
 
         Raises:
             RecordingError: a row was dropped, or the output has no such positions.
         """
+        if factor.dim() == 2 and self.shape[1:2] == (factor.shape[1] - 1,):
+            factor = factor[:, :-1]
         if factor.dim() == 2 and self.shape[1:2] != factor.shape[1:]:
             raise RecordingError(
                 f"an output of shape {tuple(self.shape)} has no gradient for each of {factor.shape[1]} tokens, so that "

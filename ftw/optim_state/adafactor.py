@@ -19,7 +19,8 @@ from ftw.optim_state.base import (
     direction,
     no_offset,
     require_dense_real,
-    require_state,
+    require_keys,
+    require_shape,
     working,
 )
 from ftw.optim_state.moments import no_step_yet, steps_taken
@@ -118,7 +119,9 @@ def averaged(
     if not state:
         assert new is not None
         return new * share
-    require_state(state, ("step", key), parameter)
+    require_keys(state, ("step", key), parameter)
+    if new is not None:
+        require_shape(state, key, parameter, new.shape)
     old = working(state[key])
     return old if new is None else torch.lerp(old, new, share)
 

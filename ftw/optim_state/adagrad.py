@@ -16,7 +16,7 @@ from ftw.optim_state.base import (
     TensorUpdate,
     direction,
     no_offset,
-    refuse_options,
+    refuse_differentiable,
     require_dense_real,
     require_state,
     working,
@@ -42,7 +42,7 @@ class Adagrad(Preconditioner):
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "differentiable")
+        refuse_differentiable(optimizer)
         default = optimizer.defaults.get("initial_accumulator_value")
         for index, group in enumerate(optimizer.param_groups):
             own = group["initial_accumulator_value"]

@@ -16,7 +16,7 @@ from ftw.optim_state.base import (
     Preconditioner,
     TensorUpdate,
     direction,
-    refuse_options,
+    refuse_differentiable,
     require_dense_real,
     require_state,
     working,
@@ -65,7 +65,7 @@ class Adam(Preconditioner):
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "differentiable")
+        refuse_differentiable(optimizer)
 
     def age(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> int:
         return steps_taken(state)

@@ -244,21 +244,15 @@ def no_offset(parameter: Tensor) -> Tensor:
     return working(parameter.new_zeros(())).expand(parameter.shape)
 
 
-_REMEDIES = {
-    "maximize": "negate the loss instead",
-    "differentiable": "selection does not differentiate through the step",
-}
-
-
-def refuse_options(optimizer: Optimizer, *options: str) -> None:
-    """Raise `UnsupportedOptimizerError` if one of these options is switched on in any parameter group."""
+def refuse_differentiable(optimizer: Optimizer) -> None:
+    """Raise `UnsupportedOptimizerError` if `differentiable` is switched on in any parameter group."""
     for index, group in enumerate(optimizer.param_groups):
-        for option in options:
-            if group.get(option):
-                raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__qualname__} has {option}={group[option]} in parameter group "
-                    f"{index}; only {option}=False is modelled; set it to False ({_REMEDIES[option]})."
-                )
+        if group.get("differentiable"):
+            raise UnsupportedOptimizerError(
+                f"{type(optimizer).__qualname__} has differentiable={group['differentiable']} in parameter group "
+                f"{index}; only differentiable=False is modelled; set it to False (selection does not differentiate "
+                "through the step)."
+            )
 
 
 def require_dense_real(parameter: Tensor, reference: Tensor | None) -> None:
@@ -277,11 +271,30 @@ def require_dense_real(parameter: Tensor, reference: Tensor | None) -> None:
 
 
 def require_state(state: Mapping[str, Any], keys: tuple[str, ...], parameter: Tensor) -> None:
+    """Raise `OptimizerStateError` unless all `keys` are there, tensors among them shaped as the parameter (or single
+    numbers, as counters are)."""
+    require_keys(state, keys, parameter)
+    for key in keys:
+        require_shape(state, key, parameter, parameter.shape)
+
+
+def require_keys(state: Mapping[str, Any], keys: tuple[str, ...], parameter: Tensor) -> None:
     """Raise `OptimizerStateError` unless all `keys` are there."""
     missing = [key for key in keys if key not in state]
     if missing:
         raise OptimizerStateError(
             f"the optimizer's state of a parameter of shape {tuple(parameter.shape)} lacks {missing} (it has "
-            f"{sorted(state)}); {list(keys)} are needed; load the state of that very optimizer, or start "
-            "from an empty one."
+            f"{sorted(map(str, state))}); {list(dict.fromkeys(keys))} are needed; load the state of that very "
+            "optimizer, or start from an empty one."
+        )
+
+
+def require_shape(state: Mapping[str, Any], key: str, parameter: Tensor, shape: torch.Size) -> None:
+    """Raise `OptimizerStateError` unless the entry has this shape, or is a single number."""
+    value = state[key]
+    if isinstance(value, Tensor) and value.numel() != 1 and value.shape != shape:
+        raise OptimizerStateError(
+            f"the optimizer's state of a parameter of shape {tuple(parameter.shape)} has {key} of shape "
+            f"{tuple(value.shape)}; {tuple(shape)} is needed; load a state that was saved with the same parameters in "
+            "the same order, or start from an empty one."
         )

@@ -34,11 +34,12 @@ class Identity(Preconditioner):
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
         for index, group in enumerate(optimizer.param_groups):
-            if "lr" not in group:
+            if group.get("lr") is None:
+                given = "lr=None" if "lr" in group else "no 'lr'"
                 raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__qualname__} has no 'lr' in parameter group {index} (it has "
+                    f"{type(optimizer).__qualname__} has {given} in parameter group {index} (it has "
                     f"{sorted(group)}); plain gradients need one to be in the units of the step; set "
-                    "group['lr']."
+                    "group['lr'], or use preconditioner='auto' with geometry='vanilla' where the optimizer is modelled."
                 )
 
     def linearise_tensor(

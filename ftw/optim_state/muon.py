@@ -142,7 +142,7 @@ class Muon(Preconditioner):
         # Where there are no eigenvectors to be had, NaN is handed on, and the assembly looks for the culprit.
         x = combined / norm if finite else torch.zeros_like(combined)
         squares, vectors = torch.linalg.eigh(x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x)
-        least = min(self.floor**2 / len(squares), 1.0)
+        least = min(self.floor**2 / max(len(squares), 1), 1.0)
         floored, exact = (
             _newton_schulz(squares.clamp_min(bound), group["ns_coefficients"], group["ns_steps"]) / norm
             for bound in (least, 0.0)

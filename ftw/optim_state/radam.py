@@ -17,7 +17,7 @@ from ftw.optim_state.base import (
     TensorUpdate,
     direction,
     no_offset,
-    refuse_options,
+    refuse_differentiable,
     require_dense_real,
     require_state,
     working,
@@ -47,7 +47,7 @@ class RAdam(Preconditioner):
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "differentiable")
+        refuse_differentiable(optimizer)
 
     def age(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
         """Steps taken so far; None while the coming step does not adapt, so that M needs no history."""

@@ -15,7 +15,7 @@ from ftw.optim_state.base import (
     TensorUpdate,
     direction,
     no_offset,
-    refuse_options,
+    refuse_differentiable,
     require_dense_real,
     require_state,
     working,
@@ -44,7 +44,7 @@ class RMSprop(Preconditioner):
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "differentiable")
+        refuse_differentiable(optimizer)
 
     def age(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> int:
         return steps_taken(state)

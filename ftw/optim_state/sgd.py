@@ -16,8 +16,9 @@ from ftw.optim_state.base import (
     TensorUpdate,
     direction,
     no_offset,
-    refuse_options,
+    refuse_differentiable,
     require_dense_real,
+    require_state,
     working,
 )
 
@@ -40,7 +41,7 @@ class SGD(Preconditioner):
 
     def check(self, optimizer: Optimizer) -> None:
         super().check(optimizer)
-        refuse_options(optimizer, "differentiable")
+        refuse_differentiable(optimizer)
         for index, group in enumerate(optimizer.param_groups):
             if group["momentum"] and group["dampening"] >= 1:
                 raise UnsupportedOptimizerError(
@@ -56,7 +57,12 @@ class SGD(Preconditioner):
         state: Mapping[str, Any],
         reference: Tensor | None,
     ) -> TensorUpdate:
-        """M does not depend on the reference, which is only checked to be dense."""
+        """M does not depend on the reference, which is only checked to be dense.
+
+        Raises:
+            OptimizerStateError: a buffer of another shape.
+            UnsupportedOptimizerError: a complex parameter or a sparse reference.
+        """
         require_dense_real(parameter, reference)
         lr, momentum, decay = (float(group[key]) for key in ("lr", "momentum", "weight_decay"))
         buffer = state.get("momentum_buffer") if momentum else None
@@ -65,6 +71,7 @@ class SGD(Preconditioner):
         gain = 1.0 + momentum * carried if group["nesterov"] else carried
         offset = no_offset(parameter)
         if buffer is not None:
+            require_state(state, ("momentum_buffer",), parameter)
             # a' holds u*a, which Nesterov multiplies by u once more.
             offset = working(buffer) * (lr * momentum * (momentum if group["nesterov"] else 1.0))
         if decay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -17,6 +18,7 @@ def solve_psd(
     scale: float,  # the size of the terms whose difference r is
     tolerance: float = 1e-13,
     largest: float | None = None,
+    back: Callable[[Matrix], Matrix] | None = None,  # (q, ...) -> (p, ...)
 ) -> tuple[Vector, Vector | None]:  # (q,), (q,) or None
     """`K y = r` in two parts: y, and a direction that has a slope along r but no curvature.
 
@@ -25,36 +27,36 @@ def solve_psd(
 
     Well conditioned K go through Cholesky, the others through their eigenvectors, where eigenvalues below
     `4 q eps` of the largest count as zero. K is first brought to a unit diagonal, so that a candidate which is
-    merely small is not taken for one that is missing. If K is what an orthogonal reduction left of a larger
-    matrix, its rounding has the size of that one: pass its largest entry as `largest`, and eigenvalues are
-    judged against it, without rescaling.
+    merely small is not taken for one that is missing. If K is what a reduction left of a larger matrix, its rounding
+    has the size of that one: pass its largest entry as `largest`, and eigenvalues are judged against it, without
+    rescaling; and pass as `back` what takes y to the larger one's coordinates, in which both parts are returned.
     """
     q = right.size
-    if not q:
-        return right.copy(), None
-    unit = np.ones(q)
     if largest is None:
-        diagonal = np.diagonal(gram)
-        np.sqrt(diagonal, out=unit, where=diagonal > 0)
+        unit = _lengths(gram)
         gram, right, largest = gram / np.outer(unit, unit), right / unit, 1.0
+        back = _divided_by(unit)
+    assert back is not None
+    if not q:
+        return back(right), None
     from scipy.linalg import lapack  # four fifths of the time that importing ftw would take
 
     factor, failed = lapack.dpotrf(gram, lower=1)
     if not failed and np.diagonal(factor).min() ** 2 > _WELL_CONDITIONED * largest:
-        return lapack.dpotrs(factor, right, lower=1)[0] / unit, None
+        return back(lapack.dpotrs(factor, right, lower=1)[0]), None
     values, vectors = np.linalg.eigh(gram)
     curved = values > 4 * max(q, 4) * EPSILON * max(largest, float(values[-1]))
-    vectors = vectors / unit[:, None]
-    parts, lengths = right * unit @ vectors, np.sqrt((vectors * vectors).sum(0))
+    parts, vectors = right @ vectors, back(vectors)
+    lengths = np.sqrt((vectors * vectors).sum(0))
     # A component at rounding level, divided by a small eigenvalue, would move the weights for no reason.
     kept = curved & (np.abs(parts) > EPSILON * scale * lengths)
     solution = vectors[:, kept] @ (parts[kept] / values[kept])
-    flat = vectors[:, ~curved]
+    flat, slopes = vectors[:, ~curved], parts[~curved]
     if flat.shape[1]:
         basis = np.linalg.qr(flat)[0]
         solution = solution - basis @ (solution @ basis)
-        ray = flat @ parts[~curved]
-        if float(right * unit @ ray) > tolerance * scale * float(np.linalg.norm(ray)):
+        ray = flat @ slopes
+        if float(slopes @ slopes) > tolerance * scale * float(np.linalg.norm(ray)):
             return solution, ray
     return solution, None
 
@@ -74,22 +76,33 @@ def solve_on_rows(
 
     Each row is eliminated by a Householder reflection of K, r and the rows left, O(q^2): orthogonal, so singular K
     need no care, and cheaper than a basis of the null space while rows are few. Dependent rows are skipped.
+
+    Reflections spread rounding of the size of K's largest entry. A direction that has no curvature beside it is
+    therefore looked at again with K at a unit diagonal, where lengths are uneven.
     """
+    found = _solve_reflected(gram, right, rows, scale, tolerance)
+    if found[1] is None or not len(rows):
+        return found
+    unit = _lengths(gram)
+    if not _uneven(unit):
+        return found
+    return _solve_reflected(gram / np.outer(unit, unit), right / unit, _echelon(rows / unit), scale, tolerance, unit)
+
+
+def _solve_reflected(
+    gram: Matrix, right: Vector, rows: Matrix, scale: float, tolerance: float, unit: Vector | None = None
+) -> tuple[Vector, Vector | None]:
     reflectors: list[Vector] = []
     largest = float(np.abs(np.diagonal(gram)).max(initial=0.0))
-    sizes = np.sqrt((rows * rows).sum(1))
-    for size in sizes:
-        v, rows = _reflector(rows[0], size), rows[1:]
-        if v is None:
-            continue
+    for v in _reflectors(rows):
         image = gram @ v
         image -= (0.5 * float(v @ image)) * v
         gram = (gram - np.outer(v, image) - np.outer(image, v))[1:, 1:]
         right = (right - v * float(v @ right))[1:]
-        rows = (rows - np.outer(rows @ v, v))[:, 1:]
         reflectors.append(v)
-    solution, ray = solve_psd(gram, right, scale, tolerance, largest if reflectors else None)
-    return _expand(solution, reflectors), None if ray is None else _expand(ray, reflectors)
+    if not reflectors and unit is None:
+        return solve_psd(gram, right, scale, tolerance)
+    return solve_psd(gram, right, scale, tolerance, largest, _expanded(reflectors, unit))
 
 
 def solve_thin_on_rows(
@@ -104,44 +117,114 @@ def solve_thin_on_rows(
 
     With F = Q R, Q orthonormal, K is `R R' + ridge I` (r, r) on the columns of Q and the ridge alone beside them.
     """
-    reflectors: list[Vector] = []
-    sizes = np.sqrt((rows * rows).sum(1))
-    for size in sizes:
-        v, rows = _reflector(rows[0], size), rows[1:]
-        if v is None:
-            continue
+    found = _solve_thin(factor, ridge, right, rows, scale, tolerance)
+    if found[1] is None:
+        return found
+    unit = np.sqrt((factor * factor).sum(1))
+    unit[unit == 0] = 1.0
+    if not _uneven(unit):
+        return found
+    return _solve_thin(factor / unit[:, None], 0.0, right / unit, _echelon(rows / unit), scale, tolerance, unit)
+
+
+def _solve_thin(
+    factor: Matrix,
+    ridge: float,
+    right: Vector,
+    rows: Matrix,
+    scale: float,
+    tolerance: float,
+    unit: Vector | None = None,
+) -> tuple[Vector, Vector | None]:
+    whole, reflectors = right, []
+    for v in _reflectors(rows):
         factor = (factor - np.outer(v, v @ factor))[1:]
         right = (right - v * float(v @ right))[1:]
-        rows = (rows - np.outer(rows @ v, v))[:, 1:]
         reflectors.append(v)
+    expand = _expanded(reflectors, unit)
     basis, corner = np.linalg.qr(factor)
     inner = right @ basis
     beside = right - basis @ inner
     beside -= basis @ (beside @ basis)
     gram = corner @ corner.T
     gram.flat[:: len(gram) + 1] += ridge
-    part, ray = solve_psd(gram, inner, scale, tolerance, float(np.diagonal(gram).max(initial=0.0)))
-    solution = basis @ part
+    largest = float(np.diagonal(gram).max(initial=0.0))
+    solution, ray = solve_psd(gram, inner, scale, tolerance, largest, lambda y: expand(basis @ y))
     if ridge:
-        return _expand(solution + beside / ridge, reflectors), None
-    flat = beside if ray is None else beside + basis @ ray
-    steep = float(right @ flat) > tolerance * scale * math.sqrt(float(flat @ flat))
-    return _expand(solution, reflectors), _expand(flat, reflectors) if steep else None
+        return solution + expand(beside / ridge), None
+    # Squared, not multiplied with all of r, beside which what rounding leaves of it would have a slope.
+    flat, slope = expand(beside), float(beside @ beside)
+    if ray is not None:
+        flat, slope = flat + ray, slope + float((whole if unit is None else whole * unit) @ ray)
+    return solution, flat if slope > tolerance * scale * float(np.linalg.norm(flat)) else None
 
 
-def _reflector(row: Vector, size: float) -> Vector | None:
-    """v such that `I - v v'` turns the row onto the first axis; None for a row that the others imply."""
-    length = math.sqrt(float(row @ row))
-    if length <= 1e-13 * size or length == 0:
-        return None
-    v = row.copy()
-    v[0] += length if v[0] >= 0 else -length
-    v *= math.sqrt(2) / math.sqrt(float(v @ v))  # H = I - v v'
-    return v
+def _lengths(gram: Matrix) -> Vector:  # (q, q) -> (q,)
+    """Roots of K's diagonal; 1 for who has none."""
+    diagonal = np.diagonal(gram)
+    return np.sqrt(diagonal, out=np.ones(diagonal.size), where=diagonal > 0)
 
 
-def _expand(reduced: Vector, reflectors: list[Vector]) -> Vector:
-    for v in reversed(reflectors):
-        full = np.concatenate((np.zeros(1), reduced))
-        reduced = full - v * float(v @ full)
-    return reduced
+def _uneven(unit: Vector) -> bool:
+    return bool(unit.min() < 0.1 * unit.max())
+
+
+def _reflectors(rows: Matrix) -> Iterator[Vector]:
+    """For row after row, v such that `I - v v'` turns what is left of it onto the first axis left.
+
+    A row that the others imply is passed over.
+    """
+    sizes = np.sqrt((rows * rows).sum(1))
+    for size in sizes:
+        row, rows = rows[0], rows[1:]
+        length = math.sqrt(float(row @ row))
+        if length <= 1e-13 * size or length == 0:
+            continue
+        v = row.copy()
+        v[0] += length if v[0] >= 0 else -length
+        v *= math.sqrt(2) / math.sqrt(float(v @ v))
+        rows = (rows - np.outer(rows @ v, v))[:, 1:]
+        yield v
+
+
+def _expanded(reflectors: list[Vector], unit: Vector | None) -> Callable[[Matrix], Matrix]:
+    """What undoes reflections, and then the division by `unit`."""
+
+    def expand(reduced: Matrix) -> Matrix:
+        for v in reversed(reflectors):
+            full = np.concatenate((np.zeros((1, *reduced.shape[1:])), reduced))
+            reduced = full - np.multiply.outer(v, v @ full)
+        return reduced if unit is None else _divided_by(unit)(reduced)
+
+    return expand
+
+
+def _divided_by(unit: Vector) -> Callable[[Matrix], Matrix]:
+    return lambda values: values / (unit if values.ndim == 1 else unit[:, None])
+
+
+def _echelon(rows: Matrix) -> Matrix:  # (m, q) -> (p, q), p <= m
+    """Rows of the same span, each with a column of its own that holds its largest entry, 1.
+
+    Gauss-Jordan with complete pivoting: unlike reflections it leaves columns of very uneven size their digits.
+    """
+    left, terms = rows.copy(), np.abs(rows)
+    for each in left, terms:
+        each /= np.maximum(np.abs(rows).max(1, initial=0.0), _TINY)[:, None]
+    open_rows = np.ones(len(rows), dtype=bool)
+    for _ in range(min(rows.shape)):
+        sizes = np.where(open_rows[:, None] & (np.abs(left) > 1e-13 * terms), np.abs(left), 0.0)
+        i, j = np.unravel_index(int(np.argmax(sizes)), sizes.shape)
+        if not sizes[i, j]:
+            break
+        terms[i] /= abs(left[i, j])
+        left[i] /= left[i, j]
+        factors = np.where(np.arange(len(rows)) == i, 0.0, left[:, j])
+        terms += np.outer(np.abs(factors), terms[i])
+        left -= np.outer(factors, left[i])
+        left[factors != 0, j] = 0.0
+        open_rows[i] = False
+    return left[~open_rows]
+
+
+_TINY = float(np.finfo(np.float64).tiny)

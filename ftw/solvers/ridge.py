@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ftw.errors import ConfigurationError
 from ftw.problem import as_gram, as_vector
+from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.gram import LowRank
 
 
@@ -44,3 +45,23 @@ def ridge_towards(
     if isinstance(gram, LowRank):
         return LowRank(gram.factor, gram.ridge + strength), shifted
     return as_gram(gram, n) + strength * torch.eye(n, dtype=b.dtype), shifted
+
+
+def fitting_scale(
+    gram: Tensor,  # K, (n, n)
+    alignment: Tensor,  # b, (n,)
+    constraints: ConstraintSet,
+    shape: Tensor,  # v, (n,)
+) -> float:
+    """s, with which `s v` is the reference that relative weights v stand for.
+
+    Where the set has one positive total T, `mass'w = T`, s is `T / mass'v`. Elsewhere s minimises the objective along
+    v, `max(b'v, 0) / v'Kv`, and is 0 where v brings nothing or does not move the model. So s follows every change of
+    scale of K, b and v as the weights themselves do.
+    """
+    polyhedron = constraints.polyhedron(len(shape))
+    if len(polyhedron.rows) == 1 and bool((polyhedron.rows > 0).all()):
+        size = float(polyhedron.rows[0] @ shape.numpy())
+        return float(polyhedron.values[0]) / size if size > 0 else 0.0
+    gain, bend = float(alignment @ shape), float(shape @ gram @ shape)
+    return gain / bend if gain > 0 and bend > 0 else 0.0

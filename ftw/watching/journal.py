@@ -6,12 +6,10 @@ predicted of it.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch.optim import Optimizer
 
 from ftw.errors import DataError
@@ -90,15 +88,3 @@ class Journal:
                 stacklevel=2,
             )
             self._log = None
-
-
-def journal_of(
-    log: DecisionLog | str | os.PathLike[str] | None, optimizer: Optimizer, about: Mapping[str, str], *, samples: bool
-) -> Journal | None:
-    """The selector's journal; None without a log, and in all processes but the first."""
-    if log is None:
-        return None
-    log = log if isinstance(log, DecisionLog) else DecisionLog(log)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return None
-    return Journal(log, optimizer, about, candidates=samples)

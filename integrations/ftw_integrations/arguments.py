@@ -12,7 +12,9 @@ from ftw.decision import TOTALS, check_budget
 from ftw.errors import ConfigurationError
 from ftw.gradients.coverage import UNCOVERED
 from ftw.gradients.recorder import RESIDUALS
+from ftw.processes.setting import POOLS
 from ftw.selector import NOTHING_USEFUL
+from ftw.solvers.constraints import CappedCone
 from ftw.target import check_schedule
 
 _COMPONENTS = {
@@ -67,6 +69,7 @@ class SelectionArguments:
     residual: str = _help("error", "Gradient that no candidate owns: error, or keep.")
     relinearise: bool = _help(False, "Decide twice, the second time with the second moment that the first gives.")
     watch: int = _help(0, "Every how many steps prediction and step are compared; 0 is never.")
+    pool: str = _help("global", "With several processes: candidates of all together (global), or each alone (local).")
     check: bool = _help(True, "Audit the first window.")
     seed: int = _help(0, "Of filters that draw at random.")
 
@@ -95,6 +98,7 @@ class SelectionArguments:
         one_of("nothing_useful", self.nothing_useful, NOTHING_USEFUL)
         one_of("uncovered", self.uncovered, UNCOVERED)
         one_of("residual", self.residual, RESIDUALS)
+        one_of("pool", self.pool, POOLS)
         counts = {"target_batch_size": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
         for name, least in counts.items():
             value = getattr(self, name)
@@ -102,9 +106,10 @@ class SelectionArguments:
                 at_least(name, value, least)
                 if not isinstance(value, int):
                     raise ConfigurationError(f"{name} is {value!r}; it counts; give an integer.")
-        for name in ("cap", "ridge"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 0)
+        if self.ridge is not None:
+            at_least("ridge", self.ridge, 0)
+        if self.cap is not None:
+            CappedCone(self.cap)
 
     def for_selector(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`, the target and its loss left out."""

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 import ftw
@@ -45,7 +47,7 @@ class SelectionTrainerMixin(_Base):
         selection: of the last step; None before.
 
     Raises:
-        ConfigurationError: no target, several processes or devices, or arguments that do not fit.
+        ConfigurationError: no target, a sharded model, several devices in one process, or arguments that do not fit.
         TargetError: the target is empty.
     """
 
@@ -72,11 +74,12 @@ class SelectionTrainerMixin(_Base):
         self._metrics_of_selection = Metrics()
         super().__init__(*args, **kwargs)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded or self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
+        if sharded or self.args.n_gpu > 1:
             raise ConfigurationError(
                 f"the trainer runs {self.accelerator.num_processes} processes with {self.args.n_gpu} devices each"
-                f"{', sharded' if sharded else ''}; selection knows one process with one device only; set "
-                "CUDA_VISIBLE_DEVICES to one of them, or use Trainer without selection."
+                f"{', sharded' if sharded else ''}; selection knows replicas of the model, one in each process "
+                "(DistributedDataParallel); start it with torchrun or accelerate launch and without FSDP or DeepSpeed, "
+                "or set CUDA_VISIBLE_DEVICES to one device."
             )
         self.add_callback(_Windows(self))
 
@@ -86,7 +89,7 @@ class SelectionTrainerMixin(_Base):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The trainer's own, recorded; at the window's last micro-batch the selection takes the gradient's place."""
-        selector = self._selector_in_use()
+        selector = self._selector_in_use(model)
         mass, candidates = self._candidates(inputs, num_items_in_batch)
         if len(mass):
             with selector.record(mass=mass, candidates=candidates, scaler=self.accelerator.scaler):
@@ -94,7 +97,7 @@ class SelectionTrainerMixin(_Base):
             self._recorded = True
         else:  # no row has a label: there is nothing to choose from, and no gradient
             loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        if self.accelerator.sync_gradients and self._recorded:
+        if self.accelerator.sync_gradients and self._anything_recorded():
             self.selection = selector.apply()
             self._recorded = False
             self._metrics_of_selection.add(self.selection)
@@ -107,13 +110,14 @@ class SelectionTrainerMixin(_Base):
         loss: Tensor = self.compute_loss(model, self._prepare_inputs(dict(batch)))
         return loss
 
-    def _selector_in_use(self) -> ftw.Selector:
+    def _selector_in_use(self, model: nn.Module) -> ftw.Selector:
         if self.selector is None:
             chosen = self._selection_arguments
+            batches = self._target_batches(chosen.target_batch_size)
             self.selector = ftw.Selector(
-                self.model,
+                model if isinstance(model, DistributedDataParallel) else self.model,
                 self.optimizer,
-                target=self._target_batches(chosen.target_batch_size),
+                target=self._own(batches),
                 loss_fn=self.target_loss,
                 **chosen.for_selector(),
             )
@@ -122,6 +126,20 @@ class SelectionTrainerMixin(_Base):
                 self.selector.load_state_dict(self._selector_state)
                 self._selector_state = None
         return self.selector
+
+    def _own(self, batches: list[Any]) -> list[Any]:
+        """The target's batches of this process, whose gradients are averaged with those of the others."""
+        size, rank = self.args.world_size, self.args.process_index
+        if self._selection_arguments.target_batches == "all":
+            return batches[rank::size] or batches[-1:]
+        # All in turn, each process some steps ahead of the one before it: together they walk as one would.
+        return [batches[(step * size + rank) % len(batches)] for step in range(len(batches))]
+
+    def _anything_recorded(self) -> bool:
+        """Whether any process has a candidate in this window; those that have none take part all the same."""
+        if self.args.world_size == 1:
+            return self._recorded
+        return any(gather_object([self._recorded]))
 
     def _target_batches(self, size: int) -> list[Any]:
         """All of the target, collated. Should the collator draw at random, the trainer's generators do not notice."""
@@ -143,7 +161,9 @@ class SelectionTrainerMixin(_Base):
             tokens = torch.ones(rows, dtype=torch.long)
         used = tokens > 0
         mass = tokens[used].double()
-        if not self._normalised_over_window(num_items):
+        if self._normalised_over_window(num_items):
+            mass = mass / (1.0 if num_items is None else float(num_items))  # the processes' own number, or that of all
+        else:
             mass = mass / mass.sum()  # each micro-batch is a mean of its own, and the step the mean of these
         if bool(used.all()):
             return mass, None
@@ -166,20 +186,26 @@ class SelectionTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.selector is not None and self.args.should_save:
-            torch.save(self.selector.state_dict(), os.path.join(output_dir, STATE_NAME))
+        if self.selector is not None and (self.args.should_save or self.args.world_size > 1):
+            os.makedirs(output_dir, exist_ok=True)  # the first process may not have come to it
+            torch.save(self.selector.state_dict(), os.path.join(output_dir, self._state_name))
+
+    @property
+    def _state_name(self) -> str:
+        """Each process's own: so is its part of the target."""
+        return STATE_NAME if self.args.world_size == 1 else f"{self.args.process_index}_{STATE_NAME}"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = os.path.join(checkpoint, STATE_NAME)
+        path = os.path.join(checkpoint, self._state_name)
         if os.path.isfile(path):
             self._selector_state = torch.load(path, map_location="cpu", weights_only=True)
         else:
             warnings.warn(
-                f"{checkpoint} holds no {STATE_NAME}: it was saved without selection, or with save_only_model; the "
-                "selector begins anew.",
+                f"{checkpoint} holds no {self._state_name}: it was saved without selection, with "
+                "save_only_model, or by another number of processes; the selector begins anew.",
                 stacklevel=2,
             )
 

@@ -25,6 +25,7 @@ from ftw.errors import ConfigurationError, RecordingError
 from ftw.optim_state.wrappers import unwrapped
 
 MassOf = Callable[[Mapping[str, Any]], Tensor]
+CandidatesOf = Callable[[Mapping[str, Any]], Any]
 
 
 def attach(
@@ -33,6 +34,7 @@ def attach(
     *,
     target: Any,
     mass: MassOf | None = None,
+    candidates: CandidatesOf | None = None,
     max_grad_norm: float | None = None,
     told: Callable[[ftw.Selection], None] | None = None,
     **selector: Any,
@@ -43,14 +45,17 @@ def attach(
         model: called by the loop, in training mode with gradients enabled.
         optimizer: the loop's, or accelerate's wrapper of it.
         target, selector: arguments of `ftw.Selector`.
-        mass: keyword arguments of a forward -> mass of its rows, (rows,); `token_mean` where the loss is the model's
-            own mean over label tokens. Default: equal.
+        mass: keyword arguments of a forward -> mass of its candidates, (candidates,); rows of mass 0 are no candidates.
+            `token_mean` where the loss is the model's own mean over label tokens. Default: equal.
+        candidates: keyword arguments of a forward -> whose each row or token is, as in `Selector.record`:
+            `ftw.packed_candidates` for packed rows, the same number for the rows of a preference pair.
         max_grad_norm: clip what was selected to this norm. The loop's own clipping comes before the optimizer's step
             and so before the selection: there is no gradient yet that it could clip, and it has no effect.
         told: called with the selection of every step.
 
     Returns:
-        A handle: `selection` is the last, `selector` the selector, `detach()` removes every hook.
+        A handle: `selection` is the last, `selector` the selector, `detach()` removes every hook. It has the
+        `state_dict()` and `load_state_dict()` of the selector, so that accelerate saves it where it is registered.
 
     Raises:
         ConfigurationError: `lean=False`; a norm that is not positive. See `ftw.Selector` for the rest.
@@ -62,13 +67,22 @@ def attach(
         )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ConfigurationError(f"max_grad_norm is {max_grad_norm!r}; a positive norm is needed, or None for none.")
-    return Attached(model, optimizer, mass, max_grad_norm, told, {"target": target, **selector})
+    return Attached(model, optimizer, (mass, candidates), max_grad_norm, told, {"target": target, **selector})
 
 
 def token_mean(inputs: Mapping[str, Any]) -> Tensor:  # -> (rows,)
     """Mass of the rows of a causal language model whose loss is the mean over the forward's label tokens."""
     tokens = inputs["labels"][:, 1:].ne(-100).sum(1).double()
     return tokens / tokens.sum()
+
+
+def owners(mass: Tensor) -> tuple[Tensor, Tensor | None]:  # (rows,) -> (n,), (rows,) or None
+    """Mass of the candidates, and whose each row is where some, those without mass, are nobody's."""
+    mass = mass.detach().cpu()
+    nobody = mass == 0
+    if not bool(nobody.any()):
+        return mass, None
+    return mass[~nobody], ((~nobody).cumsum(0) - 1).masked_fill(nobody, -1)
 
 
 class Attached:
@@ -83,14 +97,16 @@ class Attached:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        mass: MassOf | None,
+        described: tuple[MassOf | None, CandidatesOf | None],
         max_grad_norm: float | None,
         told: Callable[[ftw.Selection], None] | None,
         arguments: dict[str, Any],
     ) -> None:
         self.selection: ftw.Selection | None = None
-        self._mass_of, self._max_norm, self._told = mass, max_grad_norm, told
+        self._mass_of, self._candidates_of = described
+        self._max_norm, self._told = max_grad_norm, told
         self._block: AbstractContextManager[None] | None = None
+        self._mapped = False  # whether the block has a map of its rows
         self._masses: list[float] = []
         self._waiting = 0  # forwards whose backward has not begun
         self._busy = False
@@ -116,6 +132,14 @@ class Attached:
             block.__exit__(RecordingError, broken, None)
         self.selector.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Between steps: see `Selector.state_dict`."""
+        return self.selector.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict()` was taken, model and optimizer too."""
+        self.selector.load_state_dict(state)
+
     def __enter__(self) -> Attached:
         return self
 
@@ -127,12 +151,22 @@ class Attached:
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._busy or not model.training or not torch.is_grad_enabled():
             return
+        owner = None if self._candidates_of is None else self._candidates_of(kwargs)
+        mass = None if self._mass_of is None else self._mass_of(kwargs)
+        if mass is not None and owner is None:
+            mass, owner = owners(mass)
         if self._block is None:
-            self._masses = []
-            self._block = self.selector.record(mass=None if self._mass_of is None else self._masses)
+            self._masses, self._mapped = [], owner is not None
+            self._block = self.selector.record(mass=None if mass is None else self._masses, candidates=owner)
             self._during(self._block.__enter__)
-        if self._mass_of is not None:
-            self._masses.extend(self._mass_of(kwargs).tolist())
+        elif self._mapped or owner is not None:
+            raise RecordingError(
+                "a forward began before the backward of the one before it, and one of the two has rows or tokens that "
+                "are not each a candidate; such forwards need their backward first; change the order, or call record() "
+                "with a map for each forward in the loop."
+            )
+        if mass is not None:
+            self._masses.extend(mass.tolist())
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._block is None or self._busy or not torch.is_grad_enabled():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ SMALL = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+CONSOLE_SCRIPT = "import sys; from ftw.cli import main; sys.exit(main())"
 QUICK = ["--steps", "4", "--pretrain-steps", "3", "--pool-size", "8", "--curve-samples", "16", "--plain"]
 
 
@@ -401,6 +404,31 @@ class TestList:
             "assert not heavy, heavy"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "ftw"], [sys.executable, "-c", CONSOLE_SCRIPT]])
+def test_the_version_is_the_installed_one(command):
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"ftw {metadata.version('filter-then-weight')}\n", "")
+
+
+def test_the_module_is_the_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "ftw", "list"], capture_output=True, text=True, check=True)
+    assert "greedy" in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "ftw", "train"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "invalid choice: 'train'" in wrong.stderr
+
+
+@pytest.mark.parametrize("command", [["list"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    """As `ftw list | head`: the pipe is closed before, or while, anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "ftw", *command], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)
 
 
 def test_tiny_may_go_without_pretraining() -> None:

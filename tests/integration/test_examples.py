@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.gloo import needs_gloo
 
 pytest.importorskip("transformers", reason="the examples build a small Llama")
 pytest.importorskip("accelerate", reason="Trainer needs it")
@@ -37,6 +40,22 @@ def test_an_example_as_it_stands(name: str, tmp_path: Path) -> None:
     losses = [float(loss) for _, loss in shown]
     assert losses[1] < losses[0]  # selected below all of it
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_two_processes_under_torchrun(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [*launch, str(EXAMPLES / "ddp.py")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.rsplit(": ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("test loss")]
+    assert losses[1] < losses[0]  # selected below all of it
 
 
 def test_the_plain_loop_three_ways() -> None:

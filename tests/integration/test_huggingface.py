@@ -450,6 +450,8 @@ def test_every_argument_has_a_help_text_and_is_one_of_the_selectors() -> None:
         ({"nothing_useful": "no"}, ConfigurationError, "nothing_useful is 'no'"),
         ({"reference": "no"}, ConfigurationError, "reference is 'no'"),
         ({"residual": "no"}, ConfigurationError, "residual is 'no'"),
+        ({"cap": 0.5}, ConfigurationError, "cap is 0.5"),
+        ({"ridge": float("inf")}, ConfigurationError, "ridge is inf"),
     ],
 )
 def test_bad_arguments(given: dict[str, Any], error: type[FtwError], message: str) -> None:
@@ -471,11 +473,15 @@ def test_bad_trainers(given: dict[str, Any], error: type[FtwError], message: str
         SelectionTrainer(model_of(), arguments(tmp_path), train_dataset=rows_of(8, 1), **given)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
+def test_sharded_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Trainer.create_accelerator_and_postprocess
 
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ConfigurationError, match="2 processes"):
+    def sharding(trainer: Trainer) -> None:
+        make(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharding)
+    with pytest.raises(ConfigurationError, match="sharded; selection knows replicas"):
         selecting(tmp_path, model_of(), CHOOSING)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from ftw_integrations.loop import attach, token_mean
 from torch import Tensor, nn
 
 import ftw
-from ftw.errors import ConfigurationError, RecordingError, UnsupportedOptimizerError
-from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama
+from ftw.errors import CandidateLayoutError, ConfigurationError, RecordingError, UnsupportedOptimizerError
+from tests.models import MLP, batch_of, lora_llama, tiny_llama
 
 Pair = tuple[Tensor, Tensor]
 
@@ -126,38 +127,194 @@ def test_two_forwards_before_their_backwards() -> None:
     assert len(results[0]) == 8
 
 
+def single(make: Callable[..., Any]) -> Any:
+    return make(torch.float32)
+
+
+def language_model(
+    model: Any, *, way: str, stream: list[list[Any]], autocast: bool = False, **arguments: Any
+) -> list[ftw.Selection]:
+    """A step for each list of micro-batches, without a word of selection or with record() and apply()."""
+    optimizer = optimizer_of(model)
+    made: list[ftw.Selection] = []
+    mass, candidates = arguments.pop("mass", token_mean), arguments.pop("candidates", None)
+    arguments = {"target": [batch_of(3, seed=9)], "budget": 2, "warmup": 1, **arguments}
+    if way == "attach":
+        attach(model, optimizer, mass=mass, candidates=candidates, told=made.append, **arguments)
+    else:
+        selector = ftw.Selector(model, optimizer, **arguments)
+    for window in stream:
+        for batch in window:
+            if way == "attach":
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = model(**batch).loss
+                loss.backward()
+            else:
+                owner = None if candidates is None else candidates(batch)
+                with selector.record(mass=mass(batch), candidates=owner):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        loss = model(**batch).loss
+                    loss.backward()
+        if way != "attach":
+            made.append(selector.apply())
+        optimizer.step()
+        optimizer.zero_grad()
+    return made
+
+
+def windows(steps: int = 3) -> list[list[Any]]:
+    return [[batch_of(4, seed=2 * step + part) for part in range(2)] for step in range(steps)]
+
+
+def assert_same_choice(first: list[ftw.Selection], second: list[ftw.Selection], tolerance: float = 1e-6) -> None:
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.indices.tolist() == theirs.indices.tolist()
+        torch.testing.assert_close(ours.weights, theirs.weights, rtol=tolerance, atol=tolerance / 10)
+
+
 @pytest.mark.parametrize("make", [tiny_llama, lora_llama])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_language_model(make: Callable[[], Any], checkpointing: bool) -> None:
-    weights = []
-    for attached_loop in (True, False):
+    made = []
+    for way in ("attach", "record"):
         model = make()
         if checkpointing:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
-        optimizer = optimizer_of(model)
-        arguments: dict[str, Any] = {"target": [batch_of(3, seed=9)], "budget": 2, "warmup": 1}
-        made: list[ftw.Selection] = []
-        if attached_loop:
-            attach(model, optimizer, mass=token_mean, told=made.append, **arguments)
-        else:
-            selector = ftw.Selector(model, optimizer, **arguments)
-        for step in range(3):
-            for part in range(2):
-                batch = batch_of(4, seed=2 * step + part)
-                if attached_loop:
+        made.append(language_model(model, way=way, stream=windows()))
+    assert_same_choice(*made)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lora_llama])
+def test_bf16_autocast(make: Callable[..., Any]) -> None:
+    models = [single(make) for _ in range(2)]
+    made = [
+        language_model(model, way=way, stream=windows(), autocast=True)
+        for model, way in zip(models, ("attach", "record"), strict=True)
+    ]
+    assert [each.weights.tolist() for each in made[0]] == [each.weights.tolist() for each in made[1]]
+    assert_same(*models)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attached", ["the compiled model", "the model, then compiled"])
+def test_a_compiled_model(attached: str, fresh_dynamo: None) -> None:
+    from torch._dynamo.utils import counters
+
+    model = single(tiny_llama)
+    optimizer = optimizer_of(model)
+    made: list[ftw.Selection] = []
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    given = compiled if attached == "the compiled model" else model
+    attach(given, optimizer, target=[batch_of(3, seed=9)], budget=2, warmup=1, mass=token_mean, told=made.append)
+    for window in windows():
+        for batch in window:
+            compiled(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_same_choice(made, language_model(single(tiny_llama), way="record", stream=windows()), 1e-3)
+
+
+def packed(batches: list[Any]) -> dict[str, Tensor]:
+    """Rows of two samples each, that begin anew in position_ids; the first label of each is nobody's to predict."""
+    joined = {key: torch.cat([batch[key] for batch in batches], 1) for key in ("input_ids", "labels")}
+    length = batches[0]["input_ids"].shape[1]
+    joined["labels"][:, ::length] = -100
+    positions = torch.arange(length).repeat(len(batches)).expand_as(joined["input_ids"])
+    return {**joined, "position_ids": positions}
+
+
+def packed_map(inputs: Mapping[str, Any]) -> Tensor:
+    return ftw.packed_candidates(inputs["position_ids"])
+
+
+def packed_mass(inputs: Mapping[str, Any]) -> Tensor:
+    owner = packed_map(inputs)
+    tokens = torch.zeros(int(owner.max()) + 1, dtype=torch.float64)
+    return tokens.index_add_(0, owner[:, 1:].flatten(), (inputs["labels"][:, 1:] != -100).flatten().double())
+
+
+def test_packed_rows() -> None:
+    def model() -> Any:
+        made = tiny_llama()
+        made.config.use_cache = False  # type: ignore[union-attr]  # transformers keeps packed samples apart only then
+        return made
+
+    stream = [[packed(pair), packed(pair[::-1])] for pair in windows()]
+    given: dict[str, Any] = {"stream": stream, "candidates": packed_map, "mass": packed_mass}
+    made = [language_model(model(), way=way, **given) for way in ("attach", "record")]
+    assert all(len(selection.weights) == 16 for selection in made[0])
+    assert_same_choice(*made)
+    with pytest.raises(CandidateLayoutError, match="position_ids restart"):
+        language_model(model(), way="attach", stream=stream)
+
+
+def test_rows_without_labels_are_no_candidates() -> None:
+    stream = windows()
+    stream[0][1]["labels"][2] = stream[2][0]["labels"][0] = -100
+    everything: dict[str, Any] = {"stream": stream, "budget": 1.0, "filter": "all", "solver": "uniform"}
+    model, twin = tiny_llama(), tiny_llama()
+    made = language_model(model, way="attach", **everything)
+    assert [len(selection.weights) for selection in made] == [7, 8, 7]
+    optimizer = optimizer_of(twin)
+    for window in stream:
+        for batch in window:
+            twin(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+
+
+def test_packed_forwards_need_their_backward_first() -> None:
+    model = MLP()
+    optimizer = optimizer_of(model)
+    with attach(model, optimizer, candidates=lambda _: torch.tensor([0, 0, 1, 1]), **ARGUMENTS) as attached:
+        loss_of(model, data(4, 1)).backward()
+        loss_of(model, data(4, 2))
+        with pytest.raises(RecordingError, match="before the backward of the one before it"):
+            loss_of(model, data(4, 3))
+        attached.detach()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lora_llama])
+def test_a_run_resumes_bitwise(make: Callable[[], Any], tmp_path: Path) -> None:
+    """The handle's state beside the model's and the optimizer's, in a file of plain data."""
+    arguments: dict[str, Any] = {"target": [batch_of(3, seed=9), batch_of(2, seed=8)], "budget": 2, "warmup": 1}
+    arguments |= {"refresh": 2, "ema": 0.3, "watch": 2, "mass": token_mean, "max_grad_norm": 0.1}
+
+    def run(model: Any, optimizer: Any, told: list[ftw.Selection], steps: range, resume: bool, save_at: int) -> Any:
+        with attach(model, optimizer, told=told.append, **arguments) as attached:
+            if resume:
+                state = torch.load(tmp_path / "state.pt", weights_only=True)
+                for each, kept in zip((model, optimizer, attached), state, strict=True):
+                    each.load_state_dict(kept)
+            for step in steps:
+                for batch in windows(6)[step]:
                     model(**batch).loss.backward()
-                else:
-                    tokens = label_tokens(batch)
-                    with selector.record(mass=tokens / tokens.sum()):
-                        model(**batch).loss.backward()
-            if not attached_loop:
-                made.append(selector.apply())
-            optimizer.step()
-            optimizer.zero_grad()
-        weights.append([selection.weights for selection in made])
-    for ours, theirs in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+                optimizer.step()
+                optimizer.zero_grad()
+                if step == save_at:
+                    torch.save([each.state_dict() for each in (model, optimizer, attached)], tmp_path / "state.pt")
+            return attached.selector.fidelity
+
+    whole, expected = make(), []
+    fidelity = run(whole, optimizer_of(whole), expected, range(6), False, save_at=2)
+    resumed, found = make(), []
+    assert run(resumed, optimizer_of(resumed), found, range(3, 6), True, save_at=-1) == fidelity
+    assert [each.weights.tolist() for each in found] == [each.weights.tolist() for each in expected[3:]]
+    assert [each.predicted_drop for each in found] == [each.predicted_drop for each in expected[3:]]
+    assert_same(whole, resumed)
 
 
 def test_a_watched_step_is_the_selected_one() -> None:
@@ -170,35 +327,6 @@ def test_a_watched_step_is_the_selected_one() -> None:
         assert fidelity.step == 6
         assert fidelity.applied == pytest.approx(1.0)
         assert fidelity.cosine > 0.9
-
-
-@pytest.mark.parametrize("way", ["attach", "record"])
-def test_accelerate(way: str) -> None:
-    accelerate = pytest.importorskip("accelerate", reason="its loop is under test")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, twin = MLP(), MLP()
-    prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
-    made: list[ftw.Selection] = []
-    if way == "attach":
-        attach(prepared, optimizer, told=made.append, **ARGUMENTS)
-    else:
-        selector = ftw.Selector(prepared, optimizer, **ARGUMENTS)
-    for step in range(6):
-        for part in range(2):
-            batch = data(4, 10 * step + part)
-            with accelerator.accumulate(prepared):
-                if way == "attach":
-                    accelerator.backward(loss_of(prepared, batch))
-                else:
-                    with selector.record(scaler=accelerator.scaler):
-                        accelerator.backward(loss_of(prepared, batch))
-                    if accelerator.sync_gradients:
-                        made.append(selector.apply())
-                optimizer.step()
-                optimizer.zero_grad()
-    expected = explicit_loop(twin, accumulation=2)
-    assert [each.weights.tolist() for each in made] == [each.weights.tolist() for each in expected]
-    assert_same(model, twin)
 
 
 class TestBadUse:

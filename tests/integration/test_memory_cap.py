@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ftw
-from ftw.errors import ConfigurationError, MemoryCapError, RecordingError
+from ftw.errors import ConfigurationError, MemoryCapError, NonFiniteError, RecordingError
 from ftw.gradients.share import Share
 from ftw.gradients.window import Ledger, Window, tensors_of
 from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
@@ -343,6 +343,29 @@ def test_a_faulty_candidate_beyond_the_cap_is_quarantined() -> None:
     assert selection.diagnostics["quarantined"] == [2]
     assert selection.weights[2] == 0
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_nan_in_the_optimizer_s_state_is_not_blamed_on_candidates(key: str, scaled: bool) -> None:
+    """Under a scaler it would be taken for an overflow at every step, and the scale would go to 0."""
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    options: dict[str, Any] = {"budget": 3, "warmup": 1, "reference": "previous", "memory_cap": CAPS[tiny_llama]}
+    selector = ftw.Selector(model, optimizer, target=[batch_of(4, seed=50)], loss_fn=token_mean, **options)
+    for step in range(2):
+        if step:
+            optimizer.state[next(model.parameters())][key][:] = torch.nan
+        with selector.record(scaler=scaler):
+            scaler.scale(token_mean(model, batch_of(6, seed=step))).backward()
+        if not step:
+            selector.apply()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    with pytest.raises(NonFiniteError, match="no candidate's contribution is to blame.*inspect optimizer.state"):
+        selector.apply()
 
 
 def small(rows: int, seed: int) -> Tensor:

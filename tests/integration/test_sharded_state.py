@@ -7,13 +7,9 @@ found to FOLDER/RANK.json.
 from __future__ import annotations
 
 import copy
-import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +29,12 @@ from ftw.optim_state.nadam import NAdam
 from ftw.optim_state.radam import RAdam
 from ftw.optim_state.rmsprop import RMSprop
 from ftw.optim_state.shards import local, local_gradient
+from tests.gloo import needs_gloo, run, serve
 
 WORLD = 2
-LIMIT = 120.0  # seconds after which a scenario counts as hanging; one takes about five
 F64 = torch.float64
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
-)
+pytestmark = needs_gloo
 
 OPTIMIZERS: dict[str, tuple[Preconditioner, type[Optimizer], dict[str, Any]]] = {
     "sgd": (SGD(), torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
@@ -358,49 +352,11 @@ def _said(error: type[Exception], act: Callable[[], object]) -> str:
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"fsdp2": fsdp2, "zero": zero, "fsdp1": fsdp1}
 
 
-def main(scenario: str, rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=LIMIT)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
-    found = SCENARIOS[scenario](rank)
-    dist.barrier()
-    dist.destroy_process_group()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-def run(scenario: str, folder: Path) -> list[dict[str, Any]]:
-    """What the two processes found. One that fails or hangs takes the other with it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve is no obstacle then
-    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
-    processes = []
-    try:
-        for rank in range(WORLD):
-            with logs[rank].open("w") as log:
-                command = [sys.executable, __file__, scenario, str(rank), str(folder)]
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-        end = time.monotonic() + LIMIT
-        while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            if any(process.poll() for process in processes):  # a code other than 0
-                break
-            time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    said = "\n".join(log.read_text() for log in logs)
-    assert codes == [0] * WORLD, f"exit codes {codes} (None: still running after {LIMIT:g} s)\n{said}"
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
-
-
 # --- tests ---------------------------------------------------------------------------------------------------------
 
 
 def test_fsdp2_each_process_reads_its_shard(tmp_path: Path) -> None:
-    for found in run("fsdp2", tmp_path):
+    for found in run(__file__, "fsdp2", tmp_path):
         assert set(found["errors"]) == set(OPTIMIZERS)
         for name, errors in found["errors"].items():
             assert max(errors.values()) < 1e-12, (name, errors)
@@ -415,7 +371,7 @@ def test_fsdp2_each_process_reads_its_shard(tmp_path: Path) -> None:
 
 
 def test_zero_each_process_reads_the_parameters_it_steps(tmp_path: Path) -> None:
-    first, second = run("zero", tmp_path)
+    first, second = run(__file__, "zero", tmp_path)
     for name in ("plain", "bucket views", "in accelerate"):
         for found in (first, second):
             assert found[name]["error"] < 1e-12, (name, found)
@@ -427,7 +383,7 @@ def test_zero_each_process_reads_the_parameters_it_steps(tmp_path: Path) -> None
 
 
 def test_fsdp1_flat_pieces_are_read_as_they_are(tmp_path: Path) -> None:
-    both = run("fsdp1", tmp_path)
+    both = run(__file__, "fsdp1", tmp_path)
     for name in ("adamw", "adafactor", "flat"):
         assert max(found[name]["error"] for found in both) < 1e-12, both
     for name in ("adamw", "adafactor"):
@@ -442,4 +398,4 @@ def test_importing_ftw_does_not_import_dtensor() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    serve(SCENARIOS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ftw
-from ftw.errors import CandidateLayoutError, ConfigurationError
+from ftw.errors import CandidateLayoutError, ConfigurationError, NonFiniteError
 from ftw.gradients import Recorder
 from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
 
@@ -78,8 +78,51 @@ def test_without_a_gram_the_prediction_is_that_of_the_gram() -> None:
             optimizer.zero_grad()
         reports.append(selection)
     assert torch.equal(reports[0].indices, reports[1].indices)
-    for name in ("first_order", "curvature", "offset_drop"):
+    for name in ("first_order", "curvature", "offset_drop", "curvature_parts"):
         assert reports[0].diagnostics[name] == pytest.approx(reports[1].diagnostics[name], rel=1e-9)
+
+
+def test_a_watched_step_is_predicted_for_the_clipped_gradient() -> None:
+    """First order and curvature of the displacement that was really made, of SGD, from scratch."""
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    selector = selector_for(model, optimizer, filter="topk", solver="uniform", budget=9, watch=1)
+    for step in range(3):
+        with selector.record():
+            token_mean(model, batch_of(6, seed=step)).backward()
+        selector.apply()
+        parameters = list(model.parameters())
+        g = torch.autograd.grad(token_mean(model, batch_of(4, seed=50)), parameters)
+        old = [p.detach().clone() for p in parameters]
+        torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [before - p.detach() for before, p in zip(old, parameters, strict=True)]
+        first = sum(float((a * b).sum()) for a, b in zip(g, moved, strict=True))
+        found = selector.fidelity
+        assert found is not None
+        assert found.applied < 0.9
+        assert found.first_order == pytest.approx(first, rel=1e-5)  # torch clips with an epsilon
+        curvature = sum(float(d.square().sum()) for d in moved) / 0.01 / 2
+        assert found.predicted_drop == pytest.approx(first - curvature, rel=1e-5)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_nan_in_the_optimizer_s_state_is_not_blamed_on_tokens(key: str) -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    selector = selector_for(model, optimizer, filter="topk", solver="uniform", budget=9)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(2):
+        with selector.record(scaler=scaler):
+            scaler.scale(token_mean(model, batch_of(6, seed=step))).backward()
+        if not step:
+            selector.apply()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.state[next(model.parameters())][key][0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="no candidate's contribution is to blame.*inspect optimizer.state"):
+        selector.apply()
 
 
 class EqualByGram(ftw.solvers.Uniform):

@@ -187,20 +187,6 @@ def test_the_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     assert not Run().optimizer._optimizer_step_post_hooks  # off, it leaves no hook
 
 
-def test_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = {0: 3, 1: 0}
-    for rank, lines in ranks.items():
-        path = tmp_path / str(rank)
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.distributed, "is_initialized", lambda: True)
-            patched.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-            patched.setattr(torch.distributed, "get_world_size", lambda: 1)
-            run = Run(log=path)
-        for _ in range(3):
-            run.step()
-        assert (len(list(read_log(path / NAME))) if lines else path.exists()) == lines
-
-
 def test_tokens_are_not_listed(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="tokens are a language model's")
     assert transformers

@@ -199,6 +199,21 @@ def test_uncovered_steps_and_forgotten_ones() -> None:
     assert run.selector.fidelity is before
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_of_a_step_at_a_rate_of_zero_nothing_is_predicted_and_nothing_learned(several: bool) -> None:
+    target: Any = {"one": [data(5, 1)], "other": [data(5, 2)]} if several else [data(5, 1)]
+    run = Run(objective="utility", trust="adaptive", watch=1, target=target)
+    run.step()
+    trust = run.selector.policy.trust
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    selection, found = run.step(), run.selector.fidelity
+    assert found is not None
+    assert (found.step, found.predicted_drop, found.first_order, found.realised_drop) == (2, 0.0, 0.0, 0.0)
+    assert selection.diagnostics["curvature_parts"] == (0.0, 0.0, 0.0)
+    assert selection.diagnostics.get("predicted_drops", {}) == ({"one": 0.0, "other": 0.0} if several else {})
+    assert run.selector.policy.trust == trust
+
+
 # -- trust -------------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from ftw import registry
 from ftw.errors import ConfigurationError, OptimizerStateError, UnsupportedOptimizerError
 from ftw.optim_state import (
     SGD,
+    Adafactor,
     Adagrad,
     Adam,
     AdamW,
@@ -177,6 +178,12 @@ class TestRefusals:
         with pytest.raises(UnsupportedOptimizerError, match="has no 'lr' in parameter group 0"):
             Identity().linearise(optimizer)
 
+    def test_identity_needs_one_that_the_optimizer_does_not_make_itself(self) -> None:
+        hf = pytest.importorskip("transformers.optimization")
+        optimizer = hf.Adafactor([Parameter(torch.ones(2, 2))])  # relative_step: lr=None
+        with pytest.raises(UnsupportedOptimizerError, match=r"Adafactor has lr=None .* geometry='vanilla'"):
+            Identity().linearise(optimizer)
+
     def test_dampening_that_shuts_the_gradient_out(self) -> None:
         _, optimizer = stepped(torch.optim.SGD, 0, momentum=0.9, dampening=1.0)
         with pytest.raises(UnsupportedOptimizerError, match=r"dampening=1.0 .* below 1"):
@@ -209,6 +216,36 @@ class TestRefusals:
         p, optimizer = stepped(cls, 2, **options)
         optimizer.state[p]["strange"] = optimizer.state[p].pop(lacking)
         with pytest.raises(OptimizerStateError, match=rf"lacks \['{lacking}'\]"):
+            ours().linearise(optimizer, {p: torch.ones_like(p)})
+
+    @pytest.mark.parametrize(
+        ("ours", "cls", "options", "key", "shape"),
+        [
+            (SGD, torch.optim.SGD, {"momentum": 0.9}, "momentum_buffer", (3, 4)),
+            (Adam, torch.optim.Adam, {}, "exp_avg", (3,)),
+            (AdamW, torch.optim.AdamW, {"amsgrad": True}, "max_exp_avg_sq", (4, 3, 2)),
+            (NAdam, torch.optim.NAdam, {}, "exp_avg", (12,)),
+            (RAdam, torch.optim.RAdam, {}, "exp_avg_sq", (3, 4)),
+            (RMSprop, torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer", (3,)),
+            (Adagrad, torch.optim.Adagrad, {}, "sum", (3,)),
+            (Lion, LionPytorch, {}, "exp_avg", (3,)),
+            (Adafactor, torch.optim.Adafactor, {}, "row_var", (1, 3)),
+        ],
+    )
+    def test_a_state_of_another_parameter(
+        self,
+        ours: type[Preconditioner],
+        cls: Callable[..., Optimizer],
+        options: dict[str, Any],
+        key: str,
+        shape: tuple[int, ...],
+    ) -> None:
+        """`load_state_dict` goes by position and looks at no shape; some of these would broadcast without a word."""
+        p, optimizer = stepped(cls, 2, **options)
+        optimizer.state[p][key] = torch.ones(shape, dtype=F64)
+        with pytest.raises(
+            OptimizerStateError, match=rf"{key} of shape .*; .* needed; load a state that was saved with"
+        ):
             ours().linearise(optimizer, {p: torch.ones_like(p)})
 
     def test_an_optimizer_of_another_class(self) -> None:

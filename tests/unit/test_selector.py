@@ -445,6 +445,45 @@ def test_state_in_the_middle_of_a_window_is_refused() -> None:
         selector.load_state_dict({**state, "version": 99})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target": {"one": [data(5, 100)], "two": [data(5, 101)]}}, {"reference": "previous", "memory_cap": 10**6}],
+    ids=["plain", "several", "capped"],
+)
+@pytest.mark.parametrize("batches", [list, lambda given: torch.utils.data.DataLoader(given, batch_size=None)])
+def test_state_within_a_window_is_that_of_its_begin(options: dict[str, Any], batches: Any) -> None:
+    options = {"ema": 0.5, **options}
+    if "target" not in options:
+        options["target"] = batches([data(5, 100), data(5, 101), data(5, 102)])
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, selector: ftw.Selector, seed: int) -> Tensor:
+        with selector.record():
+            loss_of(model, data(8, seed)).backward()
+        weights = selector.apply().weights
+        optimizer.step()
+        optimizer.zero_grad()
+        return weights
+
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    selector = selector_for(model, optimizer, **options)
+    for seed in range(2):
+        step(model, optimizer, selector, seed)
+    between = selector.state_dict()
+    with selector.record():
+        loss_of(model, data(8, 50)).backward()
+    within = selector.state_dict(within_window=True)
+    assert str(within) == str(between)
+
+    twin = copy.deepcopy(model)
+    again = torch.optim.SGD(twin.parameters(), lr=0.01)
+    resumed = selector_for(twin, again, **options)
+    resumed.load_state_dict(within)
+    selector.discard()  # the state was taken without harm to the window or the run
+    for seed in range(2, 5):
+        assert torch.equal(step(model, optimizer, selector, seed), step(twin, again, resumed, seed))
+
+
 def test_warmup_uses_vanilla_geometry_until_the_optimizer_has_history() -> None:
     model = MLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -461,6 +500,111 @@ def test_warmup_uses_vanilla_geometry_until_the_optimizer_has_history() -> None:
     with sgd.record():
         loss_of(model, data()).backward()
     assert sgd.apply().diagnostics["geometry"] == "curvature"
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ({"maximize": True}, "SGD maximises in some parameter groups and minimises in others"),
+        ({"dampening": 1.0}, "dampening=1.0 in parameter group 1"),
+        ({"differentiable": True}, "differentiable=True in parameter group 1"),
+    ],
+)
+def test_a_group_that_is_added_later_is_checked_like_the_first(late: dict[str, Any], said: str) -> None:
+    model = MLP()
+    optimizer = torch.optim.SGD(model.first.parameters(), lr=0.01, momentum=0.9)
+    selector = selector_for(model, optimizer)
+    with selector.record():
+        loss_of(model, data()).backward()
+    selector.apply()
+    model.zero_grad()
+    optimizer.add_param_group({"params": model.last.parameters(), **late})
+    with pytest.raises(UnsupportedOptimizerError, match=said), selector.record():
+        loss_of(model, data()).backward()
+    optimizer.param_groups[1].update(maximize=False, dampening=0.0, differentiable=False)
+    with selector.record():
+        loss_of(model, data()).backward()
+    assert selector.apply().status == ftw.Status.OPTIMAL
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [[1, 2], {"of": 3}, torch.ones(7), torch.ones(1), "name", None, 0.5],
+    ids=lambda entry: type(entry).__name__,
+)
+def test_entries_of_the_state_that_are_someone_else_s_play_no_part(entry: Any) -> None:
+    """A logger's notes, say, under keys of any kind."""
+    weights = []
+    for noted in (False, True):
+        model = MLP()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        selector = selector_for(model, optimizer, warmup=0)
+        for step in range(2):
+            with selector.record():
+                loss_of(model, data(8, step)).backward()
+            found = selector.apply()
+            optimizer.step()
+            optimizer.zero_grad()
+            for p in model.parameters() if noted else ():
+                optimizer.state[p].update({"note": entry, 3: entry})
+        weights.append(found.weights)
+    assert torch.equal(*weights)
+
+
+def test_small_parameters_side_by_side_where_only_one_has_a_buffer() -> None:
+    """torch has saved `momentum_buffer: None` for parameters that were not stepped: no buffer of zeros."""
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, dampening=0.5)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = None
+    optimizer.state[model.first.bias]["momentum_buffer"] = torch.ones_like(model.first.bias)
+    g = torch.autograd.grad(loss_of(model, data(5, 100)), list(model.parameters()))
+    selector = selector_for(model, optimizer)
+    with selector.record():
+        loss_of(model, data()).backward()
+    foreseen = selector.apply().diagnostics["first_order"]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    moved = [old - p.detach() for old, p in zip(before, model.parameters(), strict=True)]
+    assert foreseen == pytest.approx(sum(float((a * b).sum()) for a, b in zip(g, moved, strict=True)), rel=1e-10)
+
+
+class Headed(MLP):
+    """A model with a layer that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(3, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"reference": "target", "memory_cap": 10**6}], ids=["after", "before"])
+def test_warmup_waits_for_what_is_trained_and_not_for_what_is_never_reached(options: dict[str, Any]) -> None:
+    """The geometry is needed after the backward, or, where a cap may force contributions to be dropped, before it."""
+    runs = []
+    for stop in (None, 4):
+        model = Headed()
+        model.last.requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        selector = selector_for(model, optimizer, warmup=2, **options)
+        seen = []
+        for step in range(9):
+            if step == stop:
+                state = selector.state_dict()
+                selector.close()
+                selector = selector_for(model, optimizer, warmup=2, **options)
+                selector.load_state_dict(state)
+            if step == 6:
+                model.last.requires_grad_(True)
+            with selector.record():
+                loss_of(model, data(8, step)).backward()
+            seen.append(selector.apply().diagnostics["geometry"])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.unused.weight not in optimizer.state
+        runs.append(seen)
+    early = ["vanilla"] * 2 + ["curvature"] * 4
+    assert runs[0] == [*early, "vanilla", "vanilla", "curvature"]
+    assert runs[1] == runs[0]
 
 
 def test_components_by_name_class_and_instance() -> None:
@@ -811,6 +955,25 @@ def test_a_learning_rate_of_zero_still_feeds_the_optimizer(kind: str) -> None:
             loss_of(model, data()).backward()
         found.append(selector.apply())
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert found[0].predicted_drop == 0.0
+    torch.testing.assert_close(found[0].weights, found[1].weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_learning_rate_of_zero_keeps_the_ratio_of_the_groups(kind: str) -> None:
+    """Of the rates that the warm-up goes to, which the scheduler has noted."""
+    found = []
+    for factor in (0.0, 0.5):
+        model = MLP()
+        make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
+        rest = [p for name, p in model.named_parameters() if not name.startswith("first")]
+        groups = [{"params": model.first.parameters(), "lr": 1e-6}, {"params": rest}]
+        optimizer = make(groups, lr=0.01)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, factor=factor: factor)  # type: ignore[misc]
+        selector = selector_for(model, optimizer, warmup=0)
+        with selector.record():
+            loss_of(model, data()).backward()
+        found.append(selector.apply())
     assert found[0].predicted_drop == 0.0
     torch.testing.assert_close(found[0].weights, found[1].weights, rtol=1e-6, atol=1e-9)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +98,14 @@ def test_rows_that_were_dropped_are_not_zeros() -> None:
 def test_an_output_without_the_tokens_of_the_map_is_refused() -> None:
     with pytest.raises(RecordingError, match="each of 5 tokens"):
         OutputGradient.of(torch.ones(2, 3, 4)).weighted(torch.arange(2), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 3)])
+def test_an_output_for_each_next_token(shape: tuple[int, ...]) -> None:
+    grad = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    weighted = OutputGradient.of(grad).weighted(torch.arange(1), torch.tensor([[1.0, 0.0, 0.5, 0.0, 7.0]]))
+    factor = torch.tensor([[1.0, 0.0, 0.5, 0.0]])
+    assert torch.equal(weighted, grad * factor.view(1, 4, *[1] * (grad.dim() - 2)))
 
 
 def test_candidates_without_gradient_at_the_output() -> None:

@@ -327,6 +327,17 @@ class TestMuon:
         with pytest.raises(ConfigurationError, match="floor is"):
             Muon(floor)
 
+    def test_an_empty_matrix_is_stepped_as_well(self) -> None:
+        p = Parameter(torch.ones(0, 3, dtype=F64))
+        displacement = Muon().linearise(torch.optim.Muon([p]), {p: torch.ones_like(p)}).displacement({p: p.detach()})
+        assert displacement[p].shape == (0, 3)
+
+    def test_a_buffer_of_another_parameter(self) -> None:
+        p, optimizer = stepped(torch.optim.Muon, 2, (4, 3))
+        optimizer.state[p]["momentum_buffer"] = torch.ones(3, dtype=F64)
+        with pytest.raises(OptimizerStateError, match=r"momentum_buffer of shape \(3,\); \(4, 3\) is needed"):
+            Muon().linearise(optimizer, {p: torch.ones_like(p)})
+
     @pytest.mark.usefixtures("in_float64")
     def test_a_reference_of_low_rank(self) -> None:
         p, optimizer = stepped(torch.optim.Muon, 0, (6, 4))
