@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint bench clean
+.PHONY: help install demo test test-fast lint bench evidence clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ lint: $(INSTALLED) ## style, format and types
 
 bench: $(INSTALLED) ## every benchmark, one after the other
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+evidence: $(INSTALLED) ## the evidence harness: make evidence DATA=folder (ARGS='--only method=ours'); resumes
+	@test -n "$(DATA)" || { echo "make evidence needs DATA=<folder of JSONL files>; see docs/evidence.md"; exit 2; }
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m evidence run $(DATA) --jobs $(JOBS) $(ARGS)
 
 clean: ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -8,8 +8,10 @@ from ftw.quotas import WeightQuota
 from ftw.ridges import RidgeTowards
 from ftw.selector import Selector
 from ftw.target import Target
+from ftw.watching import DecisionLog
 
 __all__ = [
+    "DecisionLog",
     "FtwError",
     "RidgeTowards",
     "Selection",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import enum
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -185,9 +187,26 @@ class SelectionProblem:
         return as_gram(self.gram(index), self.size if index is None else index.numel())
 
 
+def as_numbers(name: str, value: Any) -> Tensor:
+    """`value` as a float64 tensor on the CPU, or a `ConfigurationError` that names it. Not copied where it is one."""
+    try:
+        if isinstance(value, np.ndarray):
+            value = np.ascontiguousarray(value)  # torch knows no negative strides
+        if isinstance(value, Tensor | np.ndarray) and ("complex" in str(value.dtype)):
+            raise TypeError(f"its numbers are {value.dtype}")
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+            raise TypeError(f"its layout is {value.layout} on {value.device}")
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{name} is {reprlib.repr(value)}, which cannot be read: {error}; real numbers in a tensor, an array or a "
+            "list are needed; convert it."
+        ) from error
+
+
 def as_vector(name: str, value: Any) -> Tensor:  # -> (n,) float64
     """`value` as a finite float64 vector on the CPU, or a `ConfigurationError` that names it."""
-    vector = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    vector = as_numbers(name, value)
     if vector.dim() != 1:
         raise ConfigurationError(f"{name} has shape {tuple(vector.shape)}; one number per candidate is needed, (n,).")
     if not bool(torch.isfinite(vector).all()):
@@ -200,7 +219,7 @@ def as_vector(name: str, value: Any) -> Tensor:  # -> (n,) float64
 
 def as_columns(name: str, value: Any, n: int) -> Tensor:  # -> (n, m) float64
     """`value` as a finite float64 matrix with a row for each candidate, or a `ConfigurationError` that names it."""
-    matrix = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    matrix = as_numbers(name, value)
     if matrix.dim() != 2 or matrix.shape[0] != n:
         raise ConfigurationError(
             f"{name} has shape {tuple(matrix.shape)}; ({n}, m) is needed, a row for each candidate; transpose it, or "
@@ -218,14 +237,22 @@ def as_gram(value: Any, n: int) -> Tensor:  # -> (n, n) float64
 
     Asymmetry up to 1e-6 of the largest entry is rounding and is averaged away.
     """
-    gram = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    gram = as_numbers("gram", value)
     if tuple(gram.shape) != (n, n):
         raise ConfigurationError(f"gram has shape {tuple(gram.shape)}; ({n}, {n}) is needed to fit the alignment.")
     if not bool(torch.isfinite(gram).all()):
         raise ConfigurationError("gram is not finite; quarantine the candidates at fault before the problem is posed.")
     if n and float((gram - gram.T).abs().max()) > 1e-6 * float(gram.abs().max()):
         raise ConfigurationError("gram is not symmetric; pass K = C'MC, symmetric positive semidefinite.")
+    if n and float(gram.abs().max()) > _LARGEST:
+        raise ConfigurationError(
+            f"gram holds {float(gram.abs().max()):.1e}; sums of such numbers leave float64, whose largest is 1.8e308; "
+            "bring the loss to a scale of the order of 1."
+        )
     return (gram + gram.T) / 2
+
+
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Longer than others because of the arguments, which are documented and checked wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,6 +46,8 @@ from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
 from ftw.target import LossFunction, Target
 from ftw.targets import Targets
+from ftw.watching.journal import Journal
+from ftw.watching.log import DecisionLog
 from ftw.writing import Writer
 
 STATE_VERSION = 1
@@ -97,6 +100,8 @@ class Selector:
             optimizers whose M depends on the gradient.
         watch: every how many steps the prediction is compared with what the step really does (`fidelity`); 0: never.
             A watched step costs two evaluations of the target batch and two copies of the parameters.
+        log: where every step's decision is written when the optimizer has made it: a `DecisionLog`, or the path of one
+            (a ".jsonl" file, or a folder). Of several processes the first writes. See docs/watching.md.
         nothing_useful: what `apply()` leaves when no candidate helps: "zero" gradients (momentum and decay still act),
             or "skip": `p.grad = None`, a kept residual included, so that the optimizer's step does nothing.
         reference: what the coming step's second moment is predicted from: "pool" (the sum of the contributions),
@@ -156,6 +161,7 @@ class Selector:
         curvature: str | type[Curvature] | Curvature = "optimizer",
         relinearise: bool = False,
         watch: int = 0,
+        log: DecisionLog | str | os.PathLike[str] | None = None,
         total: str = "preserve",
         warmup: int = 5,
         refresh: int = 1,
@@ -305,6 +311,22 @@ class Selector:
         self._watcher: Watcher | None = None
         if watch or self._trust_region is not None:
             self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn)
+        about = {
+            "preset": preset,
+            "optimizer": type(optimizer).__name__,
+            "filter": type(self.policy.filter).__name__,
+            "solver": type(self.policy.solver).__name__,
+            "budget": str(budget),
+            "geometry": geometry,
+            "objective": objective,
+            "granularity": granularity,
+            "watch": str(watch),
+        }
+        self._journal: Journal | None = None
+        if log is not None:
+            made = log if isinstance(log, DecisionLog) else DecisionLog(log)
+            if self._processes.group is None or self._processes.group.rank == 0:
+                self._journal = Journal(made, optimizer, about, candidates=granularity == "sample")
         self._step = 0
         self._masses: list[Tensor] = []
         self._extras: list[Mapping[str, Any]] = []
@@ -420,6 +442,9 @@ class Selector:
             self._undo()
             self._decided = None
             raise
+        if self._journal is not None:
+            coming = self._step + (decided.selection.status == Status.OVERFLOW)  # an overflow is not counted
+            self._journal.expect(decided.selection, coming, decided.selection.diagnostics.get("columns", {}))
         self._clear()
         return decided.selection
 
@@ -434,6 +459,8 @@ class Selector:
         self._clear()
         if self._watcher is not None:
             self._watcher.close()
+        if self._journal is not None:
+            self._journal.close()
         self._recorder.close()
 
     def coverage(self) -> CoverageTable:
@@ -492,6 +519,8 @@ class Selector:
         self._clear()
         if self._watcher is not None:
             self._watcher.forget()
+        if self._journal is not None:
+            self._journal.forget()
         self._step, self._generator = step, generator
         self._unreached = frozenset(state.get("unreached", ()))
         autocast = state.get("autocast")
@@ -535,6 +564,8 @@ class Selector:
             if any(group.gather(decided.selection.status == Status.OVERFLOW)):
                 decided = step.overflow(decided.contributions)
         selection = decided.selection
+        if not self._processes.pools and (columns := self._given_columns()):
+            selection.diagnostics["columns"] = columns
         if selection.status == Status.OVERFLOW:
             self._restore(self._before)
         else:
@@ -555,8 +586,6 @@ class Selector:
 
     def _coming_step(self) -> Step:
         rate = max((float(group["lr"]) for group in self.optimizer.param_groups if group.get("lr")), default=0.0)
-        names = self._extras[0] if self._extras else {}
-        given = {name: [entry for block in self._extras for entry in block[name]] for name in names}
         return Step(
             recorder=self._recorder,
             optimizer=self.optimizer,
@@ -568,7 +597,7 @@ class Selector:
             geometry=self._geometry(),
             reference=self.reference,
             mass=torch.cat(self._masses) if self._masses else torch.zeros(0, dtype=torch.float64),
-            extras={"learning_rate": [rate] * self._recorder.count, **given},
+            extras={"learning_rate": [rate] * self._recorder.count, **self._given_columns()},
             generator=self._generator,
             curvature=self.curvature,
             relinearise=self.relinearise,
@@ -578,6 +607,11 @@ class Selector:
             proved=self._writer.proved,
             residual=self._recorder.residual,
         )
+
+    def _given_columns(self) -> dict[str, list[Any]]:
+        """What `record(extras=...)` brought of the window's candidates here."""
+        names = self._extras[0] if self._extras else {}
+        return {name: [entry for block in self._extras for entry in block[name]] for name in names}
 
     def _snapshot(self) -> Snapshot:
         curvature = None if self.curvature is None else self.curvature.snapshot()
@@ -683,6 +717,8 @@ class Selector:
 
     def _learn(self, fidelity: Fidelity) -> None:
         self.fidelity = fidelity
+        if self._journal is not None:
+            self._journal.told(fidelity)
         if self._trust_region is not None:
             self.policy = replace(self.policy, trust=self._trust_region.next(self.policy.trust, fidelity))
 

@@ -29,13 +29,14 @@ def serve(scenarios: Mapping[str, Callable[[int], dict[str, Any]]]) -> None:
     """`python FILE SCENARIO RANK WORLD FOLDER`: run a scenario, and write what it found to FOLDER/RANK.json."""
     name, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
+    faulthandler.enable()
     faulthandler.dump_traceback_later(LIMIT - 20)  # says where it hangs
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT))
     found = scenarios[name](rank)
-    dist.barrier()
-    dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # what was to be seen is written; taking gloo's threads down can abort a process on a busy machine
 
 
 def run(program: str, scenario: str, folder: Path, world: int = 2) -> list[Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def tiny(
     pretraining: Pretraining,
     cache: Path | None,
     watch: Callable[[int, int], None] = lambda done, steps: None,
+    architecture: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, str]:
     """The small Llama, pre-trained on `rows`, and what was done for it: "built" or "cached".
 
@@ -65,10 +66,12 @@ def tiny(
 
     Args:
         watch: called as `watch(done, steps)` while training.
+        architecture: numbers of a `LlamaConfig`; default `ARCHITECTURE`.
     """
     tokenizer = tiny_tokenizer()
-    model = _build(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, pretraining.seed)
-    path = None if cache is None else cache / f"tiny-{_key(rows, pretraining)}.safetensors"
+    shape = ARCHITECTURE if architecture is None else dict(architecture)
+    model = _build(shape, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, pretraining.seed)
+    path = None if cache is None else cache / f"tiny-{_key(rows, pretraining, shape)}.safetensors"
     if path is not None and _load(model, path):
         return model, "cached"
     _pretrain(model, rows, pretraining, tokenizer.pad_token_id, watch)
@@ -148,10 +151,10 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ftw"
 
 
-def _build(vocabulary: int, pad: int, end: int, seed: int) -> nn.Module:
+def _build(shape: dict[str, Any], vocabulary: int, pad: int, end: int, seed: int) -> nn.Module:
     transformers = optional("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, pad_token_id=pad, eos_token_id=end, bos_token_id=None, **ARCHITECTURE
+        vocab_size=vocabulary, pad_token_id=pad, eos_token_id=end, bos_token_id=None, **shape
     )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator
         torch.manual_seed(seed)
@@ -159,12 +162,12 @@ def _build(vocabulary: int, pad: int, end: int, seed: int) -> nn.Module:
     return model
 
 
-def _key(rows: Sequence[Row], pretraining: Pretraining) -> str:
+def _key(rows: Sequence[Row], pretraining: Pretraining, shape: dict[str, Any]) -> str:
     # torch's version belongs to it: another one rounds differently, and initialises as it likes.
     settings = {
         "format": 1,
         "torch": torch.__version__,
-        "model": ARCHITECTURE,
+        "model": shape,
         "pretraining": asdict(pretraining),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ftw.errors import ConfigurationError
 from ftw.problem import SelectionProblem, as_vector
 
 
@@ -27,12 +26,4 @@ def column(problem: SelectionProblem, name: str, who: str) -> Tensor:  # (n,) fl
     Raises:
         ConfigurationError: it is missing, not numeric or not finite.
     """
-    values = problem.extra(name, who)
-    try:
-        return as_vector(f"extras[{name!r}]", values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(
-            f"{who} was given extras[{name!r}] = {values!r}; a number for each candidate is needed; convert the column."
-        ) from error
+    return as_vector(f"extras[{name!r}] for {who}", problem.extra(name, who))

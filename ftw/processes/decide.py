@@ -122,6 +122,8 @@ def decide_together(step: Step, group: Group) -> Decided:
         decision = _Decision(replace(step, reference="pool"), group, pool, contributions, reference)
         selection = decision.selection
     selection.diagnostics.update(quarantined=pool.faulty, own=(int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0))
+    if columns := {name: column for name, column in pool.extras.items() if name != "learning_rate"}:
+        selection.diagnostics["columns"] = columns
     if step.names:
         drops = selection.diagnostics["predicted_drops"]
         selection.diagnostics["predicted_drops"] = dict(zip(step.names, drops, strict=True))

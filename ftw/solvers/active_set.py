@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ftw.problem import Solution, Status
-from ftw.solvers.base import WeightSolver, infeasible, require_positive
+from ftw.solvers.base import WeightSolver, infeasible, require_count, require_positive
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.gram import LowRank
 from ftw.solvers.linear import EPSILON
@@ -38,7 +38,8 @@ class ActiveSet(WeightSolver):
     takes_start: ClassVar[bool] = True
 
     def __init__(self, max_rounds: int = 200, tolerance: float = 1e-10) -> None:
-        require_positive(max_rounds=max_rounds, tolerance=tolerance)
+        require_count(max_rounds=max_rounds)
+        require_positive(tolerance=tolerance)
         self.max_rounds, self.tolerance = max_rounds, tolerance
 
     def _solve(

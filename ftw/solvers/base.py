@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError, SolverError
-from ftw.problem import Solution, Status, as_gram, as_vector
+from ftw.problem import Solution, Status, as_gram, as_numbers, as_vector
 from ftw.solvers.certificate import certify
-from ftw.solvers.constraints import ConstraintSet, NonNegative
+from ftw.solvers.constraints import ConstraintSet, NonNegative, require_set
 from ftw.solvers.gram import LowRank
 
 
@@ -77,6 +77,7 @@ class WeightSolver(ABC):
                     "index it like the candidates."
                 )
         allowed = NonNegative() if constraints is None else constraints
+        require_set(allowed)
         given = matrix.dense() if isinstance(matrix, LowRank) and not self.takes_factor else matrix
         solution = self._solve(given, vector, allowed, **options)  # type: ignore[arg-type]
         if math.isnan(solution.primal_residual) and solution.weights.shape == vector.shape:
@@ -98,12 +99,22 @@ class WeightSolver(ABC):
 
 def require_positive(**values: float) -> None:
     """Refuses options of a solver that are not positive."""
-    wrong = {name: value for name, value in values.items() if not value > 0}
+    numbers = {name: isinstance(value, (int, float)) and not isinstance(value, bool) for name, value in values.items()}
+    wrong = {name: value for name, value in values.items() if not (numbers[name] and value > 0)}
     if wrong:
         raise ConfigurationError(
             f"{', '.join(f'{name} is {value!r}' for name, value in wrong.items())}; a positive number is needed; "
             "leave it out for the default."
         )
+
+
+def require_count(**values: int) -> None:
+    """Refuses options of a solver that are no integers of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(
+                f"{name} is {value!r}; an integer of at least 1 is needed; leave it out for the default."
+            )
 
 
 def infeasible(alignment: Tensor) -> Solution:
@@ -120,10 +131,10 @@ def _checked(gram: Tensor | LowRank, n: int) -> Tensor | LowRank:
                 "candidates."
             )
         return gram
-    matrix = torch.as_tensor(gram).detach().to("cpu", torch.float64)
+    matrix = as_numbers("gram", gram)
     # What as_gram does takes more time than many a solve; nothing is left for it to do on what passes here.
     if tuple(matrix.shape) != (n, n) or not math.isfinite(float(matrix.sum())) or not _symmetric(matrix.numpy()):
-        matrix = as_gram(gram, n)
+        matrix = as_gram(matrix, n)
     _require_semidefinite(matrix.numpy())
     return matrix
 

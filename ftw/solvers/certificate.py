@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
-from ftw.problem import as_gram, as_vector
-from ftw.solvers.constraints import ConstraintSet
+from ftw.problem import as_gram, as_numbers, as_vector
+from ftw.solvers.constraints import ConstraintSet, require_set
 from ftw.solvers.gram import LowRank
 from ftw.solvers.scaling import Certificate, UnitProblem
 
@@ -51,7 +51,7 @@ def certify(
     constraints: ConstraintSet,
     weights: Tensor,  # w, (n,)
 ) -> Certificate:
-    """The residuals of w; all of them infinite if the set is empty or the weights are not finite.
+    """The residuals of w; all of them infinite if the set is empty or the weights are not finite, or astronomical.
 
     With p = P(w - s g), g = Kw - b, and s, omega, gamma of `kkt_residual`, the multipliers that w implies are
     `v = (w - p) / s - g`: the sum of all constraints' gradients, each times its multiplier, which is normal to the set
@@ -68,9 +68,10 @@ def certify(
     Args, Raises:
         As for `kkt_residual`.
     """
+    require_set(constraints)
     b = as_vector("alignment", alignment)
     K = gram if isinstance(gram, LowRank) else as_gram(gram, b.numel())
-    w = weights.detach().to("cpu", b.dtype)
+    w = as_numbers("weights", weights)
     if w.shape != b.shape or (isinstance(K, LowRank) and len(K.factor) != len(b)):
         raise ConfigurationError(
             f"weights have shape {tuple(w.shape)}; ({b.numel()},) is needed to fit the alignment; "
@@ -79,7 +80,14 @@ def certify(
     if not constraints.feasible(b.numel()) or not np.isfinite(w.numpy()).all():
         return Certificate(math.inf, math.inf, math.inf, math.inf)
     problem = UnitProblem.of(K, b, constraints)
-    return problem.certify(w.numpy() / problem.unit)
+    scaled = w.numpy() / problem.unit
+    if float(np.abs(scaled).max(initial=0.0)) > _BEYOND:
+        return Certificate(math.inf, math.inf, math.inf, math.inf)
+    return problem.certify(scaled)
+
+
+_BEYOND = 1e140
+"""Size of weights, beside that of b / K, from which their squares leave float64; they are as wrong as infinite ones."""
 
 
 __all__ = ["Certificate", "certify", "kkt_residual"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
+from ftw.problem import as_numbers
 from ftw.solvers.polyhedron import Polyhedron, Vector
 from ftw.solvers.projections import project_capped_cone, project_capped_simplex
 
@@ -60,7 +61,7 @@ class ConstraintSet(ABC):
         Raises:
             ConfigurationError: the set is empty, or one of its vectors does not have n entries.
         """
-        array = torch.as_tensor(point).detach().to("cpu", torch.float64).numpy()
+        array = as_numbers("the point", point).numpy()
         if not self.feasible(array.size):
             raise ConfigurationError(
                 f"{self!r} has no point for {array.size} candidates; only a non-empty set has a projection; "
@@ -70,9 +71,18 @@ class ConstraintSet(ABC):
 
     def contains(self, weights: Tensor, tolerance: float = 1e-9) -> bool:
         """Whether the weights, (n,), break no constraint by more than `tolerance`, relative."""
-        array = torch.as_tensor(weights).detach().to("cpu", torch.float64).numpy()
+        array = as_numbers("weights", weights).numpy()
         finite = bool(np.isfinite(array).all())
         return finite and self.feasible(array.size) and self.polyhedron(array.size).violation(array) <= tolerance
+
+
+def require_set(given: Any) -> None:
+    """Refuses what is no set of weights."""
+    if not isinstance(given, ConstraintSet):
+        raise ConfigurationError(
+            f"{given!r} is no set of weights; allowed are instances such as Free(), NonNegative(), Box(0.0, 1.0), "
+            "Simplex(n) or CappedCone(4.0) of ftw.solvers; make one."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +264,7 @@ def _pick(value: Any, index: Tensor) -> Any:
 
 
 def _numbers(name: str, value: Any) -> Vector:  # -> () or (n,)
-    array = np.array(value.detach().cpu().numpy() if isinstance(value, Tensor) else value, dtype=np.float64)
+    array = as_numbers(name, value).numpy().copy()
     if array.ndim > 1 or bool(np.isnan(array).any()):
         raise ConfigurationError(
             f"{name} has shape {array.shape} and {int(np.isnan(array).sum())} NaN; a number or one number per "

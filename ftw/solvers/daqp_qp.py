@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftw.errors import MissingDependencyError
 from ftw.problem import Solution, Status
-from ftw.solvers.base import WeightSolver, infeasible, require_positive
+from ftw.solvers.base import WeightSolver, infeasible, require_count, require_positive
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.cvxpy_qp import judge
 from ftw.solvers.polyhedron import Polyhedron
@@ -36,7 +36,8 @@ class DAQP(WeightSolver):
     """
 
     def __init__(self, tolerance: float = 1e-8, proximal: float = 1e-6, max_iterations: int = 100_000) -> None:
-        require_positive(tolerance=tolerance, proximal=proximal, max_iterations=max_iterations)
+        require_count(max_iterations=max_iterations)
+        require_positive(tolerance=tolerance, proximal=proximal)
         self.tolerance, self.proximal, self.max_iterations = tolerance, proximal, max_iterations
 
     def _solve(self, gram: Tensor, alignment: Tensor, constraints: ConstraintSet) -> Solution:

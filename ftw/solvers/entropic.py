@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftw.errors import ConfigurationError
 from ftw.problem import Solution, Status
-from ftw.solvers.base import WeightSolver, infeasible, require_positive
+from ftw.solvers.base import WeightSolver, infeasible, require_count, require_positive
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.entropy import positive, scale_to_total
 from ftw.solvers.gram import LowRank
@@ -46,7 +46,8 @@ class Entropic(WeightSolver):
     takes_start: ClassVar[bool] = True
 
     def __init__(self, polish: bool = True, max_iterations: int = 2000, tolerance: float = 1e-8) -> None:
-        require_positive(max_iterations=max_iterations, tolerance=tolerance)
+        require_count(max_iterations=max_iterations)
+        require_positive(tolerance=tolerance)
         self.polish, self.max_iterations, self.tolerance = polish, max_iterations, tolerance
 
     def _solve(
@@ -113,7 +114,7 @@ class _Mirror:
         for taken in range(most):
             slopes = gradient / self.row
             steepest = float(np.abs(slopes).max(initial=0.0))
-            if not steepest or float(weights.max()) < _VANISHED:
+            if not steepest or not _VANISHED < float(weights.max()) < 1 / _VANISHED:
                 return weights, taken
             rate = min(2 * self.rate or 1 / steepest, _STEEPEST / steepest)
             for _ in range(_HALVINGS):
@@ -155,7 +156,7 @@ _MIXED = 1e-3
 """Part of equal weights in a given start: a weight of 0 would stay 0."""
 
 _VANISHED = 1e-100
-"""Weights of a pool that only harms fall towards 0 for ever."""
+"""Weights of a pool that only harms fall towards 0 for ever; without curvature, those of one that helps rise."""
 
 _STEEPEST = 30.0
 """Largest exponent of a factor."""

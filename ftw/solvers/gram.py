@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
-from ftw.problem import as_columns
+from ftw.problem import as_columns, as_numbers
 from ftw.solvers.faces import Face
 from ftw.solvers.linear import solve_on_rows, solve_thin_on_rows
 from ftw.solvers.polyhedron import Matrix, Vector
@@ -37,9 +36,14 @@ class LowRank:
     ridge: float = 0.0
 
     def __post_init__(self) -> None:
-        given = torch.as_tensor(self.factor)
+        given = as_numbers("factor", self.factor)
         object.__setattr__(self, "factor", as_columns("factor", given, len(given) if given.dim() else 0))
-        if not 0 <= self.ridge < math.inf:
+        if float(self.factor.abs().max() if self.factor.numel() else 0.0) > _LARGEST:
+            raise ConfigurationError(
+                f"factor holds {float(self.factor.abs().max()):.1e}; its squares leave float64; bring the loss to a "
+                "scale of the order of 1."
+            )
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < math.inf:
             raise ConfigurationError(
                 f"ridge is {self.ridge!r}; a finite number of at least 0 is needed; leave it out for none."
             )
@@ -154,8 +158,13 @@ def quadratic(gram: Tensor | LowRank, exponent: int) -> Quadratic:
 def gram_exponent(gram: Tensor | LowRank) -> int | None:
     """`largest_exponent` of K."""
     if isinstance(gram, LowRank):
-        diagonal = np.square(gram.factor.numpy()).sum(1) + gram.ridge
-        return largest_exponent(diagonal)  # where the largest entry of a semidefinite matrix stands
+        exponent = largest_exponent(gram.factor.numpy()) or 0  # taken out: squares would overflow
+        # On the diagonal stands the largest entry of a semidefinite matrix.
+        largest = largest_exponent(np.square(np.ldexp(gram.factor.numpy(), -exponent)).sum(1))
+        ridge = math.frexp(gram.ridge)[1] if gram.ridge else None
+        return max(
+            (e for e in (None if largest is None else largest + 2 * exponent, ridge) if e is not None), default=None
+        )
     return largest_exponent(gram.numpy())
 
 
@@ -164,6 +173,8 @@ def largest_exponent(values: Vector | Matrix) -> int | None:
     largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
     return math.frexp(largest)[1] if largest else None
 
+
+_LARGEST = 1e150
 
 _SAFE = 400
 """Binary exponents up to this one leave squares and products of K within float64."""

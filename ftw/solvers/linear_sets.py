@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
-from ftw.problem import as_columns
-from ftw.solvers.constraints import ROUNDING, ConstraintSet
+from ftw.problem import as_columns, as_numbers
+from ftw.solvers.constraints import ROUNDING, ConstraintSet, require_set
 from ftw.solvers.half_spaces import Cuts, project_between
 from ftw.solvers.polyhedron import Matrix, Polyhedron, Vector
 
@@ -44,6 +45,7 @@ class Linear(ConstraintSet):
 
     def __init__(self, base: ConstraintSet, rows: Any, least: Bound = -math.inf, most: Bound = math.inf) -> None:
         matrix = _matrix(rows)
+        require_set(base)
         low, high = (_bound(name, value, len(matrix)) for name, value in (("least", least), ("most", most)))
         if np.any(low > high) or np.any(low == math.inf) or np.any(high == -math.inf):
             raise ConfigurationError(
@@ -77,7 +79,8 @@ class Linear(ConstraintSet):
         A multiplier is positive only where the row is at `most`, negative only where it is at `least`.
         """
         self._check_size(point.size)
-        return project_between(point, self._cuts)
+        weights, multipliers = project_between(point, self._cuts)
+        return weights, np.ldexp(multipliers, -self._exponents)
 
     def polyhedron(self, n: int) -> Polyhedron:
         self._check_size(n)
@@ -88,20 +91,27 @@ class Linear(ConstraintSet):
 
     @cached_property
     def _cuts(self) -> Cuts:
-        base = self.base.polyhedron(self.rows.shape[1])
-        return Cuts(base, self.base.project_array, self.rows, self.least, self.most)
+        base, exponents = self.base.polyhedron(self.rows.shape[1]), -self._exponents
+        rows = np.ldexp(self.rows, exponents[:, None])
+        least, most = np.ldexp(self.least, exponents), np.ldexp(self.most, exponents)
+        return Cuts(base, self.base.project_array, rows, least, most)
+
+    @cached_property
+    def _exponents(self) -> NDArray[np.intc]:  # (q,)
+        """Powers of two that bring each row to a largest entry of about 1: backends take small rows for none."""
+        return np.frexp(np.abs(self.rows).max(1, initial=0.0))[1]
 
     @cached_property
     def _polyhedron(self) -> Polyhedron:
-        base = self._cuts.base
-        equal = self.least == self.most
+        cuts = self._cuts
+        base, equal = cuts.base, self.least == self.most
         return replace(
             base,
-            rows=np.concatenate((base.rows, self.rows[equal])),
-            values=np.concatenate((base.values, self.least[equal])),
-            sides=self.rows[~equal],
-            least=self.least[~equal],
-            most=self.most[~equal],
+            rows=np.concatenate((base.rows, cuts.rows[equal])),
+            values=np.concatenate((base.values, cuts.least[equal])),
+            sides=cuts.rows[~equal],
+            least=cuts.least[~equal],
+            most=cuts.most[~equal],
         )
 
     @cached_property
@@ -150,6 +160,14 @@ class Quota(Linear):
         at_least: Mapping[Any, float] | None = None,
         mass: Sequence[float] | Tensor | Vector | None = None,
     ) -> None:
+        require_set(base)
+        if not isinstance(groups, Iterable) or not all(
+            isinstance(shares, Mapping | None) for shares in (at_most, at_least)
+        ):
+            raise ConfigurationError(
+                f"Quota has groups of type {type(groups).__name__}, at_most={at_most!r} and at_least={at_least!r}; a "
+                "label for each candidate and mappings from label to share are needed; pass a list and dictionaries."
+            )
         labels = groups.tolist() if isinstance(groups, Tensor | np.ndarray) else list(groups)
         n, most, least = len(labels), dict(at_most or {}), dict(at_least or {})
         _check_shares(most, least)
@@ -161,11 +179,7 @@ class Quota(Linear):
         given = getattr(base, "mass", None) if mass is None else mass
         if isinstance(base, Linear) and mass is None:
             given = getattr(base.base, "mass", None)
-        mu = (
-            np.ones(n)
-            if given is None
-            else np.array(given.tolist() if isinstance(given, Tensor) else given, dtype=float)
-        )
+        mu = np.ones(n) if given is None else _array("mass", given)
         if mu.shape != (n,) or not np.all(np.isfinite(mu) & (mu > 0)):
             raise ConfigurationError(
                 f"mass has shape {mu.shape} for {n} groups; one positive number per candidate is needed; index it like "
@@ -220,7 +234,7 @@ class NoHarm(Linear):
     """
 
     def __init__(self, base: ConstraintSet, alignments: Any) -> None:
-        given = _array(alignments)
+        given = _array("alignments", alignments)
         columns = as_columns("alignments", given, len(given) if given.ndim else 0).numpy()
         self.alignments = columns
         super().__init__(base, columns.T, 0.0, math.inf)
@@ -259,7 +273,7 @@ def _offset(polyhedron: Polyhedron) -> float:
 
 
 def _matrix(rows: Any) -> Matrix:
-    matrix = _array(rows)
+    matrix = _array("rows", rows)
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
         raise ConfigurationError(
             f"rows have shape {matrix.shape}; a finite matrix (q, n) is needed, one column per candidate; put a single "
@@ -269,7 +283,7 @@ def _matrix(rows: Any) -> Matrix:
 
 
 def _bound(name: str, value: Any, q: int) -> Vector:
-    array = _array(value)
+    array = _array(name, value)
     if array.ndim > 1 or (array.ndim and array.size != q) or np.isnan(array).any():
         raise ConfigurationError(
             f"{name} has shape {array.shape} for {q} rows; one number for all, or one each, is needed; give one per "
@@ -278,5 +292,5 @@ def _bound(name: str, value: Any, q: int) -> Vector:
     return np.broadcast_to(array, (q,)).copy()
 
 
-def _array(value: Any) -> Matrix:
-    return np.array(value.detach().cpu().numpy() if isinstance(value, Tensor) else value, dtype=np.float64)
+def _array(name: str, value: Any) -> Matrix:
+    return as_numbers(name, value).numpy().copy()

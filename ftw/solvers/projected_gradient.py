@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ftw.problem import Solution, Status
-from ftw.solvers.base import WeightSolver, infeasible, require_positive
+from ftw.solvers.base import WeightSolver, infeasible, require_count, require_positive
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.gram import LowRank
 from ftw.solvers.polish import GOAL, polish
@@ -48,7 +48,8 @@ class ProjectedGradient(WeightSolver):
     takes_start: ClassVar[bool] = True
 
     def __init__(self, max_iterations: int = 2000, tolerance: float = 1e-10) -> None:
-        require_positive(max_iterations=max_iterations, tolerance=tolerance)
+        require_count(max_iterations=max_iterations)
+        require_positive(tolerance=tolerance)
         self.max_iterations = max_iterations
         self.tolerance = tolerance
 
@@ -114,8 +115,9 @@ def descend(problem: UnitProblem, start: Vector, shortest: float, most: int) -> 
         share = 1.0 if curvature <= -slope else -slope / curvature
         x = moved if share == 1 else x + share * move
         gradient = gradient + share * image
-        if curvature > 0:
-            length = float(move @ move) / curvature if taken % 2 else curvature / float(image @ image)
+        square = float(image @ image)
+        if curvature > 0 and square > 0:  # 0 by underflow
+            length = float(move @ move) / curvature if taken % 2 else curvature / square
             length = min(max(length, shortest), 1 / _FLATTEST)
         else:
             length = 1 / _FLATTEST

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
-from ftw.problem import as_gram, as_vector
+from ftw.problem import as_gram, as_numbers, as_vector
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.gram import LowRank
 
@@ -34,7 +34,7 @@ def ridge_towards(
         )
     b = as_vector("alignment", alignment)
     n = b.numel()
-    given = torch.as_tensor(reference, dtype=b.dtype)
+    given = as_numbers("reference", reference)
     w0 = as_vector("reference", given.expand(n) if given.dim() == 0 else given)
     if w0.numel() != n:
         raise ConfigurationError(

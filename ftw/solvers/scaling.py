@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftw.errors import ConfigurationError
 from ftw.problem import Solution, Status
 from ftw.solvers.constraints import ConstraintSet
 from ftw.solvers.gram import LowRank, Quadratic, gram_exponent, largest_exponent, quadratic
@@ -53,11 +54,16 @@ class UnitProblem:
 
     @classmethod
     def of(cls, gram: Tensor | LowRank, alignment: Tensor, constraints: ConstraintSet) -> UnitProblem:
-        """Scales a problem whose set is feasible; K and b float64 on the CPU."""
+        """Scales a problem whose set is feasible; K and b float64 on the CPU.
+
+        Raises:
+            ConfigurationError: K and b are so far apart in size that squares of the weights leave float64.
+        """
         b = alignment.numpy()
         polyhedron = constraints.polyhedron(b.size)
         start = constraints.project_array(np.zeros(b.size))
         slope, curvature, nearest = largest_exponent(b), gram_exponent(gram), largest_exponent(start)
+        _require_range(slope, curvature)
         # Weights have the size b/K unless the set says otherwise; a missing scale (zero) is left to the others.
         expected = slope - curvature if slope is not None and curvature is not None else None
         radius = polyhedron.radius
@@ -157,6 +163,18 @@ def _ratio(moved: Vector, omega: float) -> float:
         return distance / omega
     return 0.0 if distance == 0 else math.inf
 
+
+def _require_range(slope: int | None, curvature: int | None) -> None:
+    """Refuses binary exponents of b and K that leave no room for the squares of b / K."""
+    if slope is None or curvature is None or abs(slope - curvature) <= _APART:
+        return
+    raise ConfigurationError(
+        f"alignment has the size 2^{slope} and gram 2^{curvature}; weights have the size of their ratio, and float64 "
+        f"holds the squares of at most 2^{_APART}; bring both losses to scales of the same order."
+    )
+
+
+_APART = 480
 
 _LARGEST = 900
 """Binary exponent beyond which a unit would bring float64 close to overflow."""

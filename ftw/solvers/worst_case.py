@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError, SolverError
-from ftw.problem import Solution, Status, as_columns, as_gram, as_vector
+from ftw.problem import Solution, Status, as_columns, as_gram, as_numbers, as_vector
 from ftw.solvers.base import WeightSolver, infeasible
 from ftw.solvers.constraints import ConstraintSet, NonNegative
 from ftw.solvers.gram import LowRank, largest_exponent
@@ -57,7 +57,7 @@ def solve_worst_case(
     Raises:
         ConfigurationError, SolverError: as `WeightSolver.solve`; also if there is no target.
     """
-    given = torch.as_tensor(alignments)
+    given = as_numbers("alignments", alignments)
     columns = as_columns("alignments", given, len(given) if given.dim() else 0)
     n, m = columns.shape
     if not m:

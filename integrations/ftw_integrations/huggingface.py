@@ -151,11 +151,17 @@ class SelectionTrainerMixin(_Base):
             return [collate([data[i] for i in range(at, min(at + size, len(data)))]) for at in starts]
 
     def _candidates(self, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
-        """Mass of the candidates of a micro-batch, (n,), and whose each row is, where some are nobody's."""
+        """Mass of the candidates of a micro-batch, (n,), and whose each row or token is, where that is not plain."""
         labels = inputs.get("shift_labels", inputs.get("labels"))
+        owner = _packed(inputs)
         if isinstance(labels, Tensor) and labels.dim() > 1:
             shifted = "shift_labels" not in inputs and getattr(self, "_loss_shifts_labels", True)
-            tokens = (labels[:, 1:] if shifted else labels).ne(-100).flatten(1).sum(1).cpu()
+            counted = (labels[:, 1:] if shifted else labels).ne(-100).cpu()
+            if owner is None:
+                tokens = counted.flatten(1).sum(1)
+            else:
+                predicts = owner[:, : counted.shape[1]]
+                tokens = torch.bincount(predicts[counted & (predicts >= 0)], minlength=int(owner.max()) + 1)
         else:  # one label a row, or a loss that is made without labels
             rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
             tokens = torch.ones(rows, dtype=torch.long)
@@ -166,8 +172,9 @@ class SelectionTrainerMixin(_Base):
         else:
             mass = mass / mass.sum()  # each micro-batch is a mean of its own, and the step the mean of these
         if bool(used.all()):
-            return mass, None
-        return mass, (used.cumsum(0) - 1).masked_fill(~used, -1)
+            return mass, owner
+        numbers = (used.cumsum(0) - 1).masked_fill(~used, -1)
+        return mass, numbers if owner is None else numbers[owner]
 
     def _normalised_over_window(self, num_items: Any) -> bool:
         """Whether the loss is a sum over the window's label tokens divided by their number: as `training_step` asks."""
@@ -212,6 +219,15 @@ class SelectionTrainerMixin(_Base):
 
 class SelectionTrainer(SelectionTrainerMixin, Trainer):
     """`Trainer` with selection: `SelectionTrainer(..., target_dataset=dev, selection=SelectionArguments())`."""
+
+
+def _packed(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Whose each token is, (rows, T), where rows hold several samples, which `position_ids` say by starting anew."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    owner = ftw.packed_candidates(positions, attention_mask=inputs.get("attention_mask"))
+    return owner if int(owner.max()) >= len(positions) else None
 
 
 class _Windows(TrainerCallback):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import ftw
 from ftw.errors import ConfigurationError, RecordingError
@@ -73,8 +74,8 @@ class SelectionCallback(_Callback):
         selection: of the last step; None before.
 
     Raises:
-        ConfigurationError: arguments that are not allowed; at the begin of `fit()`: manual optimisation, several
-            processes, or a strategy that wraps the module.
+        ConfigurationError: arguments that are not allowed; at the begin of `fit()`: manual optimisation, or a
+            strategy that shards the module or accumulates by itself.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class SelectionCallback(_Callback):
         self._metrics = Metrics()
         self._block: AbstractContextManager[None] | None = None
         self._recorded = False
+        self._replicas = 1
         self._undo: list[Callable[[], Any]] = []
 
     # -- beginning and end -----------------------------------------------------------------------------------------
@@ -118,22 +120,27 @@ class SelectionCallback(_Callback):
                 f"{type(pl_module).__name__} has automatic_optimization=False; selection needs Lightning's own loop; "
                 "switch it on, or call record() and apply() of an ftw.Selector in training_step."
             )
-        if trainer.world_size > 1 or trainer.strategy.handles_gradient_accumulation:
+        if trainer.strategy.handles_gradient_accumulation:
             raise ConfigurationError(
-                f"the trainer runs {trainer.world_size} processes with {type(trainer.strategy).__name__}; selection "
-                "knows one process with one device only; set devices=1 and strategy='auto'."
+                f"{type(trainer.strategy).__name__} accumulates gradients by itself; selection knows one device, "
+                "or one replica of the module in each process; choose strategy='auto' or 'ddp'."
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.strategy.model is not pl_module:
+        wrapper = trainer.strategy.model
+        replicated = isinstance(wrapper, DistributedDataParallel) and wrapper.module is pl_module
+        if wrapper is not pl_module and not replicated:
             raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} wraps the module in a {type(trainer.strategy.model).__name__}; "
-                "selection knows strategies of one device only; set devices=1 and strategy='auto'."
+                f"{type(trainer.strategy).__name__} wraps the module in a {type(wrapper).__name__}; selection knows "
+                "one device, or one replica of the module in each process; choose strategy='auto' or 'ddp'."
             )
+        self._replicas = trainer.world_size
         step = TrainingStep(pl_module)
         optimizer = trainer.optimizers[0]
         # Before the selector, whose own hooks (watch=) look at what the closure leaves.
         self._undo = [optimizer.register_step_pre_hook(_closure_first).remove]
+        if replicated:  # what is selected is summed instead
+            self._undo.append(_synchronise_nothing(wrapper))
         self.selector = ftw.Selector(
             step if self._model is None else _submodule(pl_module, self._model),
             optimizer,
@@ -240,7 +247,7 @@ class SelectionCallback(_Callback):
             block.__exit__(None, None, None)
             self._recorded = True
         # Here, and not when the optimizer is about to step: a GradScaler has unscaled the gradient by then.
-        if self._recorded and not trainer.fit_loop._should_accumulate():
+        if (self._recorded or self._replicas > 1) and not trainer.fit_loop._should_accumulate():
             self._select()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -294,6 +301,16 @@ class SelectionCallback(_Callback):
                 "begins anew.",
                 stacklevel=2,
             )
+
+
+def _synchronise_nothing(wrapper: DistributedDataParallel) -> Callable[[], None]:
+    """As within `no_sync()`, for as long as it is not undone."""
+    before, wrapper.require_backward_grad_sync = wrapper.require_backward_grad_sync, False
+
+    def undo() -> None:
+        wrapper.require_backward_grad_sync = before
+
+    return undo
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:

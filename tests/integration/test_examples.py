@@ -31,8 +31,10 @@ def example(name: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_lora", "plain_loop"])
+@pytest.mark.parametrize("name", ["hf_lora", "lightning_module", "plain_loop"])
 def test_an_example_as_it_stands(name: str, tmp_path: Path) -> None:
+    if name == "lightning_module":
+        pytest.importorskip("lightning", reason="its Trainer is what the example shows")
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -69,3 +71,10 @@ def test_the_trainer_takes_selection_arguments() -> None:
         ["--steps", "1", "--pretrain_steps", "1", "--filter", "topk", "--solver", "uniform"]
     )
     assert losses.keys() == {"all of it", "selected"}
+
+
+def test_a_lightning_module_as_it_is() -> None:
+    pytest.importorskip("lightning", reason="its Trainer is what the example shows")
+    losses = example("lightning_module").main(["--steps", "1", "--pretrain-steps", "1", "--budget", "0.5"])
+    assert losses.keys() == {"all of it", "selected"}
+    assert losses["selected"] != losses["all of it"]

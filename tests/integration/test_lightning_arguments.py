@@ -234,10 +234,10 @@ def test_bad_arguments() -> None:
         SelectionCallback(TARGET, optimizer=None)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_that_accumulates_by_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.strategies.SingleDeviceStrategy, "handles_gradient_accumulation", True)
     made = trainer(tmp_path, SelectionCallback(TARGET))
-    monkeypatch.setattr(pl.Trainer, "world_size", 2)
-    with pytest.raises(ConfigurationError, match="2 processes"):
+    with pytest.raises(ConfigurationError, match="accumulates gradients by itself"):
         made.fit(Module(single(tiny_llama)), loader(stream(8)))
 
 

@@ -86,6 +86,27 @@ def test_attached_is_the_explicit_loop(accumulation: int, clip: float | None) ->
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("make", [tiny_llama, lora_llama])
+def test_all_and_uniform_is_the_untouched_loop(make: Callable[..., Any]) -> None:
+    models, clip = [single(make), single(make)], 0.05
+    norms = []
+    for model, selecting in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        if selecting:
+            everything: dict[str, Any] = {"budget": 1.0, "filter": "all", "solver": "uniform"}
+            attach(model, optimizer, target=[batch_of(3)], mass=token_mean, max_grad_norm=clip, **everything)
+        for step in range(20):
+            for part in range(4):
+                (model(**batch_of(1 + part, seed=4 * step + part)).loss / 4).backward()
+            if not selecting:
+                norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert min(norms) > clip  # the clipping acted
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
 def test_the_loops_own_clipping_has_no_effect() -> None:
     model, twin = MLP(), MLP()
     optimizer = optimizer_of(model)

@@ -147,9 +147,9 @@ def test_columns_may_be_held_by_anything(kind):
 def test_a_column_that_is_missing_or_no_number_is_named():
     with pytest.raises(ConfigurationError, match=r"'max_loss' needs the column 'loss'.*\['length'\]; pass it with"):
         MaxLoss()(with_columns(1, length=[1.0]))
-    with pytest.raises(ConfigurationError, match=r"'max_loss' was given extras\['loss'\].*a number for each"):
+    with pytest.raises(ConfigurationError, match=r"extras\['loss'\] for the filter 'max_loss' is.*real numbers"):
         MaxLoss()(with_columns(1, loss=["a", "b"]))
-    with pytest.raises(ConfigurationError, match=r"extras\['loss'\] is not finite at \[1\]"):
+    with pytest.raises(ConfigurationError, match=r"extras\['loss'\] for the filter 'max_loss' is not finite at \[1\]"):
         MaxLoss()(with_columns(1, loss=[1.0, math.nan]))
 
 

@@ -163,7 +163,7 @@ def test_columns_are_checked():
     ridge = ftw.RidgeTowards(1.0, column="prior")
     with pytest.raises(ConfigurationError, match=r"RidgeTowards needs the column 'prior'.*record\(extras="):
         selected(ridge=ridge)
-    for wrong, message in (([-1.0] * 8, "at least 0"), ([math.nan] * 8, "not finite"), (["a"] * 8, "a number")):
+    for wrong, message in (([-1.0] * 8, "at least 0"), ([math.nan] * 8, "not finite"), (["a"] * 8, "real numbers")):
         with pytest.raises(ConfigurationError, match=message):
             selected(ridge=ridge, extras={"prior": wrong})
 

@@ -1,0 +1,73 @@
+"""Lightning's DDP in two processes: the untouched trainer where nothing is selected, one process with the whole pool.
+
+This file is the program of those processes as well; see `tests.gloo`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ftw
+from tests.gloo import needs_gloo, run, serve
+from tests.models import lora_llama, tiny_llama
+
+pytest.importorskip("lightning", reason="the integration is for its Trainer")
+
+from ftw_integrations.lightning import SelectionCallback, token_mean
+
+from tests.lightning_runs import CHOOSING, EVERYTHING, TARGET, Module, fit, single, stream
+
+pytestmark = needs_gloo
+
+STEPS = 5
+TWO: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+MAKE: dict[str, Any] = {"full": tiny_llama, "lora": lora_llama}
+
+
+def fitted(kind: str, chosen: dict[str, Any] | None, data: list[Any], folder: Path, **changed: Any) -> dict[str, Any]:
+    made: list[ftw.Selection] = []
+    callbacks = []
+    if chosen is not None:
+        callbacks = [SelectionCallback(TARGET, mass=token_mean, told=made.append, **chosen)]
+    module = Module(single(MAKE[kind]))
+    fit(folder, module, data, *callbacks, max_steps=STEPS, **changed)
+    numbers = [x for p in module.parameters() if p.requires_grad for x in p.detach().flatten().tolist()]
+    return {"parameters": numbers, "weights": [selection.weights.tolist() for selection in made]}
+
+
+def trainers(rank: int) -> dict[str, Any]:
+    folder = Path(sys.argv[4]) / "out"
+    own = stream(4 * STEPS)[rank::2]  # two micro-batches of each process in a step
+    found = {}
+    for kind in MAKE:
+        for name, chosen in (("untouched", None), ("all", EVERYTHING), ("chosen", CHOOSING)):
+            found[f"{name}, {kind}"] = fitted(kind, chosen, own, folder, accumulate_grad_batches=2, **TWO)
+    return found
+
+
+SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"trainers": trainers}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_whole_pool(tmp_path: Path) -> None:
+    both = run(__file__, "trainers", tmp_path)
+    assert both[0] == both[1]
+    found = both[0]
+    for kind in MAKE:
+        plain = found[f"untouched, {kind}"]["parameters"]
+        assert found[f"all, {kind}"]["parameters"] == pytest.approx(plain, abs=1e-6)
+        alone = fitted(kind, CHOOSING, stream(4 * STEPS), tmp_path / "alone", accumulate_grad_batches=4)
+        # Candidates are numbered process by process, and its batches, of three rows, are every second one.
+        order = [0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11]
+        for mine, theirs in zip(alone["weights"], found[f"chosen, {kind}"]["weights"], strict=True):
+            assert [theirs[order.index(i)] for i in range(12)] == pytest.approx(mine, abs=2e-3)
+        assert found[f"chosen, {kind}"]["parameters"] == pytest.approx(alone["parameters"], abs=1e-4)
+
+
+if __name__ == "__main__":
+    serve(SCENARIOS)

@@ -1,0 +1,396 @@
+"""The evidence harness: cells that are the same every time, a store that survives being killed, decoding, tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the harness trains transformers' Llama")
+
+from evidence import cells, figures, material, runner, settings, tables
+from evidence.decoding import greedy, same_number
+from evidence.grids import CORE
+from evidence.methods import METHODS
+from evidence.settings import TARGETS, Cell, Setting, filtered, key_of
+from evidence.store import Store
+
+from ftw.errors import ConfigurationError, DataError, FtwError
+from ftw.experiment.data import Sample
+from ftw.presets import PRESETS
+from tests.models import tiny_llama
+
+TINY = Setting(
+    steps=4,
+    eval_every=2,
+    pool_size=8,
+    budget=2,
+    target_samples=8,
+    target_batch=4,
+    dev_samples=4,
+    test_samples=12,
+    curve_samples=6,
+    decode_samples=3,
+    width=16,
+    layers=1,
+    heads=2,
+    max_length=48,
+    response_room=16,
+    pretrain_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files of the sources that the harness reads."""
+    here = tmp_path_factory.mktemp("data")
+    for source in (*settings.POOL_SOURCES,):
+        for part, count in (("train", 12), ("dev", 20), ("test", 16)):
+            lines = [
+                json.dumps(
+                    {"prompt": f"{source} {part} {i}: {i} + 1?", "response": f"( {i} ) = {i + 1}", "source": source}
+                )
+                for i in range(count)
+            ]
+            (here / f"{source}.{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return here
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_run_again_gives_the_same_figures(method: str, folder: Path, tmp_path: Path) -> None:
+    cell = Cell(method, "svamp", 0, TINY)
+    first = cells.run_cell(cell, folder, tmp_path / "cache")  # pre-trains
+    torch.randn(7)  # whatever else draws from the global generator
+    second = cells.run_cell(cell, folder, tmp_path / "cache")  # loads
+    assert first["figures"] == second["figures"]
+    assert first["key"] == second["key"]
+    figures = first["figures"]
+    assert figures["curve"]["step"][0] == 0
+    assert len(figures["curve"]["dev"]) == len(first["clock"]["wall"])
+    assert figures["best"]["dev"] == min(figures["curve"]["dev"])
+    assert 0 <= figures["final"]["number"] <= 1
+    json.dumps(first, allow_nan=False)
+
+
+@pytest.mark.parametrize("changes", [{"tuning": "lora"}, {"optimizer": "sgd"}, {"corrupted": 0.3}])
+def test_settings_change_the_key_and_the_figures(changes: dict[str, object], folder: Path) -> None:
+    plain, other = (
+        cells.run_cell(Cell("ours", "gsm8k_absent", 1, each), folder, None)
+        for each in (TINY, settings.varied(TINY, **changes))
+    )
+    assert plain["key"] != other["key"]
+    assert plain["figures"]["final"] != other["figures"]["final"]
+
+
+def test_the_key_follows_the_data(folder: Path, tmp_path: Path) -> None:
+    cell = Cell("ours", "svamp", 0, TINY)
+    before = key_of(cells.configuration(cell, folder))
+    for path in folder.glob("*.jsonl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert key_of(cells.configuration(cell, tmp_path)) == before
+    with (tmp_path / "wiki.train.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "response": "b", "source": "wiki"}\n')
+    assert key_of(cells.configuration(cell, tmp_path)) != before
+
+
+@pytest.mark.parametrize("setting", [TINY, settings.varied(TINY, corrupted=0.5)])
+def test_roles_are_disjoint_and_the_absent_source_is_absent(folder: Path, setting: Setting) -> None:
+    target = TARGETS["gsm8k_absent"]
+    found = material.material(folder, Cell("ours", target.name, 3, setting), target)
+    steering, dev = ({tuple(row.input_ids) for row in rows} for rows in (found.target, found.dev))
+    assert len(steering) == 8
+    assert len(dev) == 4
+    assert not steering & dev
+    assert not any("gsm8k" in source for source in found.pool_share)
+    general = {tuple(row.input_ids) for row in material.general(folder, setting)}
+    assert general
+    assert not general & {tuple(row.input_ids) for step in found.candidates for row in step}
+    other = material.material(folder, Cell("ours", target.name, 4, setting), target)
+    assert [row.input_ids for row in other.test] == [row.input_ids for row in found.test]
+    assert other.candidates != found.candidates
+
+
+def test_corrupted_responses_are_others() -> None:
+    pool = [Sample(f"p{i}", f"r{i}", "s") for i in range(40)]
+    found = material.corrupted(pool, 0.3, seed=1)
+    moved = [i for i in range(40) if found[i] != pool[i]]
+    assert len(moved) == 12
+    assert all(found[i].source == "s (corrupted)" and found[i].response != pool[i].response for i in moved)
+    assert sorted(each.response for each in found) == sorted(each.response for each in pool)
+    assert [each.prompt for each in found] == [each.prompt for each in pool]
+    assert material.corrupted(pool, 0.3, seed=1) == found
+
+
+def test_a_long_prompt_loses_its_beginning_and_no_letter_is_cut() -> None:
+    setting = settings.varied(TINY, max_length=32, response_room=8)
+    kept = material.fitted(Sample("ä" * 40, "x" * 20, "s"), setting)
+    assert kept.prompt == "ä" * 11  # 32 less 8 of the response and the line break: 23 bytes
+    assert kept.response == "x" * 20
+    short = Sample("prompt", "answer", "s")
+    assert material.fitted(short, setting) == short
+
+
+def test_too_few_samples_and_a_missing_file_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"svamp\.dev\.jsonl holds 20 samples; target_samples=30"):
+        cells.run_cell(Cell("ours", "svamp", 0, settings.varied(TINY, target_samples=30)), folder, None)
+    with pytest.raises(DataError, match=r"lacks aqua\.train\.jsonl"):
+        cells.configuration(Cell("ours", "svamp", 0, TINY), tmp_path)
+
+
+# -- the store and the runner -----------------------------------------------------------------------------------------
+
+
+GRID = [Cell(method, "svamp", seed, TINY) for seed in (0, 1) for method in ("ours", "random")]
+
+
+def test_a_run_that_is_killed_goes_on_with_what_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"cache": tmp_path / "cache", "say": lambda line: None}
+    whole = Store(tmp_path / "whole.jsonl")
+    assert runner.run(GRID, folder, whole, **options) == 0
+
+    path, real, ran = tmp_path / "cells.jsonl", cells.run_cell, []
+
+    def dies(cell: Cell, *rest: object) -> dict[str, object]:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return real(cell, *rest)
+
+    monkeypatch.setattr(cells, "run_cell", dies)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(GRID, folder, Store(path), **options)
+    with path.open("ab") as file:
+        file.write(b'{"key": "torn')  # killed in the middle of a line
+
+    again: list[Cell] = []
+    monkeypatch.setattr(cells, "run_cell", lambda cell, *rest: again.append(cell) or real(cell, *rest))
+    store = Store(path)
+    assert (len(store.records), store.broken) == (2, 1)
+    assert runner.run(GRID, folder, store, **options) == 0
+    assert again == GRID[2:]
+    read = Store(path)
+    assert {key: each["figures"] for key, each in read.records.items()} == {
+        key: each["figures"] for key, each in whole.records.items()
+    }
+    assert not read.conflicts
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(folder: Path, tmp_path: Path) -> None:
+    stores = [Store(tmp_path / f"{jobs}.jsonl") for jobs in (1, 2)]
+    for jobs, store in enumerate(stores, start=1):
+        assert runner.run(GRID, folder, store, cache=tmp_path / "cache", jobs=jobs, say=lambda line: None) == 0
+    one, two = ({key: each["figures"] for key, each in store.records.items()} for store in stores)
+    assert one == two
+
+
+@pytest.mark.slow
+def test_what_fails_in_a_worker_is_said_here(folder: Path, tmp_path: Path) -> None:
+    bad = [Cell("ours", "svamp", 0, settings.varied(TINY, optimizer="none"))]
+    with pytest.raises(FtwError, match="ours on svamp, seed 0 failed"):
+        runner.run(bad, folder, Store(tmp_path / "a"), cache=tmp_path, jobs=2, say=lambda line: None)
+
+
+def test_no_cell_is_begun_after_the_budget(folder: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "cells.jsonl")
+    assert runner.run(GRID, folder, store, cache=None, budget_minutes=0.0, say=lambda line: None) == len(GRID)
+    assert not store.records
+
+
+def test_records_that_differ_under_one_key_are_reported(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cells.jsonl")
+    for loss in (1.0, 1.0, 2.0):
+        store.append({"key": "k", "figures": {"loss": loss}})
+    assert store.conflicts == ["k"]
+    assert store.records["k"]["figures"] == {"loss": 1.0}
+    assert Store(store.path).conflicts == ["k"]
+    with pytest.raises(DataError, match="not finite"):
+        store.append({"key": "n", "figures": {"loss": float("nan")}})
+
+
+def test_only_keeps_the_cells_that_meet_every_condition() -> None:
+    assert filtered(GRID, ["method=ours", "seed=1"]) == [GRID[2]]
+    with pytest.raises(ConfigurationError, match="not understood"):
+        filtered(GRID, ["colour=red"])
+    with pytest.raises(ConfigurationError, match="no cell of the grid meets"):
+        filtered(GRID, ["method=full"])
+
+
+def test_run_again_a_cell_that_differs_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = Store(tmp_path / "cells.jsonl"), cells.run_cell
+    options = {"cache": None, "say": lambda line: None}
+    runner.run(GRID[1:2], folder, store, **options)
+    runner.run(GRID[1:2], folder, store, again=True, **options)
+    assert not store.conflicts
+
+    def other(*arguments: object) -> dict[str, object]:
+        record = real(*arguments)
+        record["figures"]["final"]["loss"] += 1e-12
+        return record
+
+    monkeypatch.setattr(cells, "run_cell", other)
+    runner.run(GRID[1:2], folder, store, again=True, **options)
+    assert store.conflicts == list(store.records)
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_named_by_a_method_exists_and_every_method_says_its_data() -> None:
+    for method in METHODS.values():
+        assert method.budget
+        assert (method.kind == "select") == bool(method.preset)
+        assert not method.preset or method.preset in PRESETS
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_decoding_is_that_of_one_prompt_at_a_time() -> None:
+    model = tiny_llama()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 60, (n,), generator=generator).tolist() for n in (2, 9, 5)]
+    end = 7
+    expected = []
+    for prompt in prompts:  # without padding, without kept keys
+        ids = list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if token == end:
+                break
+            ids.append(token)
+        expected.append(ids[len(prompt) :])
+    mode = model.training
+    assert greedy(model, prompts, 12, end) == expected
+    assert model.training == mode
+    # With an end that is met, an answer ends before it and the others go on.
+    met = expected[1][3]
+    cut = [each[: each.index(met)] if met in each else each for each in expected]
+    assert greedy(model, prompts, 12, met) == cut
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "same"),
+    [
+        ("( 10.0 + 8.0 ) = 18", "( 8.0 + 10.0 ) = 18.0", True),
+        ("( 10.0 + 8.0 ) = 1", "( 10.0 + 8.0 ) = 18", False),
+        ("( 1.0 - 3.0 ) = -2", "= -2", True),
+        ("none", "= 2", False),
+        ("", "= 2", False),
+    ],
+)
+def test_the_last_number_counts(said: str, right: str, same: bool) -> None:
+    assert same_number(said, right) is same
+
+
+# -- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def record(
+    method: str, seed: int, loss: float | None, *, target: str = "svamp", lr: float = 2e-3, **more: object
+) -> dict:
+    """A record as the harness makes it, with a curve that falls to `loss` by halves."""
+    cell = Cell(method, target, seed, settings.varied(CORE, lr=lr, corrupted=more.pop("corrupted", 0.0)))
+    config = cell.configuration(METHODS[method].configuration(), str(more.pop("data", "d")), {"torch": "1"})
+    test = [4.0, None if loss is None else (4.0 + loss) / 2, loss]
+    figures = {
+        "final": {"loss": loss},
+        "best": {"loss": 4.0 if loss is None else loss, "step": 20, "dev": more.pop("dev", 1.0)},
+        "curve": {
+            "step": [0, 10, 20],
+            "test": test,
+            "dev": [4.0, 3.0, 2.0],
+            "trained": [0, 40, 80],
+            "passed": [0, 1, 2],
+        },
+        "tuning": {"passed": 480, "trained": 80},
+        "weight": {"svamp": 1.0, "svamp (corrupted)": 3.0},
+        "pool_share": {"svamp": 0.7, "svamp (corrupted)": 0.3},
+        **more,
+    }
+    clock = {"processor": [0.0, 1.0, 2.0], "wall": [0.0, 1.0, 2.0], "processor_all_trials": 2.0, "total": 3.0}
+    return {"key": key_of(config), "configuration": config, "figures": figures, "clock": clock}
+
+
+def test_intervals_and_paired_differences() -> None:
+    mean, half = tables.interval([1.0, 2.0, 4.0])
+    # t(0.975, 2) = 4.30265; the standard deviation of 1, 2, 4 is sqrt(7/3).
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302652729911275 * (7 / 3) ** 0.5 / 3**0.5)
+    mean, half = tables.paired({0: 1.0, 1: 3.0, 2: 9.0}, {0: 0.5, 1: 2.5, 3: 7.0})  # seed 2 and seed 3 have no partner
+    assert (mean, half) == (0.5, pytest.approx(0.0))
+    assert tables.shown(tables.interval([1.5])) == "1.500"
+    assert tables.shown(tables.interval([])) == "-"
+    assert tables.shown((float("inf"), float("nan"))) == "not finite"
+
+
+def test_a_table_says_what_its_records_say() -> None:
+    records = [record("ours", seed, loss) for seed, loss in enumerate((1.0, 1.2, 1.4))]
+    records += [record("random", seed, loss) for seed, loss in enumerate((2.0, 2.2, 2.4))]
+    records += [record("full", 0, 1.5), record("greats", 0, None)]
+    groups, notes = tables.collect(records)
+    assert not notes
+    ((setting, target),) = groups
+    assert (setting, target) == (CORE, "svamp")
+    lines = tables.by_method(groups[setting, target])
+    cells_of = {line.split("|")[1].strip(): [each.strip() for each in line.split("|")[1:-1]] for line in lines}
+    assert cells_of["`ours`"][1:6] == ["3", "1.200 ± 0.497", "", "1.200 ± 0.497", ""]
+    assert cells_of["`random`"][1:6] == ["3", "2.200 ± 0.497", "+1.000 ± 0.000", "2.200 ± 0.497", "+1.000 ± 0.000"]
+    assert cells_of["`full`"][1:4] == ["1", "1.500", "+0.500"]
+    assert cells_of["`greats`"][4] == "not finite"
+    assert [line.split("`")[1] for line in lines[2:]] == ["ours", "full", "random", "greats"]
+    text = tables.report(records)
+    assert "\n".join(lines) in text
+    assert "8 cells in 0.01 hours" in text
+
+
+def test_when_the_loss_of_full_is_reached() -> None:
+    runs = tables.collect([record("ours", 0, 0.5), record("random", 0, 3.0), record("full", 0, 2.5)])[0][CORE, "svamp"]
+    lines = {line.split("`")[1]: line for line in tables.reaching(runs)[2:]}
+    assert lines["ours"] == "| `ours` | 1 of 1 | 0.50 | 0.50 | 0.50 |"  # 2.25 at step 10 of 20
+    assert lines["random"] == "| `random` | 0 of 1 | - | - | - |"
+
+
+def test_the_learning_rate_that_dev_chooses_is_shown_and_not_the_best() -> None:
+    groups, _ = tables.collect(
+        [
+            record("ours", 0, 1.0, lr=2e-3, dev=2.0),
+            record("ours", 0, 1.3, lr=6e-3, dev=1.0),
+            record("full", 0, 1.8, lr=2e-3, dev=1.0),
+            record("full", 0, 1.7, lr=6e-3, dev=2.0),
+        ]
+    )
+    lines = tables.chosen_rates(groups)
+    assert "| `ours` | 1.300 |  | 0.006 |" in lines
+    assert "| `full` | 1.800 | +0.500 | 0.002 |" in lines
+
+
+def test_the_share_of_the_weight_on_corrupted_samples() -> None:
+    groups, _ = tables.collect([record("ours", seed, 1.0, corrupted=0.3) for seed in (0, 1)])
+    ((_, runs),) = groups.items()
+    assert tables.on_corrupted(runs)[2] == "| `ours` | 0.750 ± 0.000 | 0.300 |"
+
+
+def test_records_of_other_data_are_left_out_and_said() -> None:
+    groups, notes = tables.collect([record("ours", 0, 1.0, data="old"), record("ours", 0, 2.0, data="new")])
+    assert tables.end(groups[CORE, "svamp"]["ours"][0]) == 2.0
+    assert notes == ["1 records of other data, versions or components were left out."]
+
+
+def test_pictures_are_drawn_and_bands_are_means(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra plot")
+    assert figures.band([([0.0, 2.0], [1.0, 3.0]), ([0.0, 4.0, 9.0], [2.0, 5.0, 9.0])]) == (
+        [0.0, 3.0],
+        [1.0, 3.0],
+        [1.5, 4.0],
+        [2.0, 5.0],
+    )
+    records = [record(method, seed, 1.0) for method in ("ours", "opus") for seed in (0, 1)]
+    (path,) = figures.write(records, tmp_path)
+    assert path.name == "core-svamp.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
