@@ -573,7 +573,8 @@ class Selector:
             selection.diagnostics["step"] = self._step
             if is_idle(self.optimizer):
                 nothing: dict[str, Any] = {"first_order": 0.0, "curvature": 0.0, "offset_drop": 0.0}
-                nothing |= {"curvature_parts": (0.0,) * 3, "predicted_drops": dict.fromkeys(step.names, 0.0)}
+                targets = selection.diagnostics.get("predicted_drops", ())
+                nothing |= {"curvature_parts": (0.0,) * 3, "predicted_drops": dict.fromkeys(targets, 0.0)}
                 selection.diagnostics.update({k: v for k, v in nothing.items() if k in selection.diagnostics})
                 decided = decided._replace(selection=replace(selection, predicted_drop=0.0))
         return decided
