@@ -26,6 +26,7 @@ from ftw.ridges import RidgeTowards
 from ftw.scoring import Scores
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import ConstraintSet
+from ftw.solvers.gram import LowRank
 from ftw.solvers.linear_sets import NoHarm
 from ftw.solvers.worst_case import solve_worst_case
 
@@ -147,7 +148,11 @@ class Policy:
         )
         chosen = _check_indices(self.filter(problem), problem, self.filter)
         raw = torch.zeros(len(members), dtype=torch.float64)
-        solution = self._weigh(problem, chosen, n - len(gone)) if len(chosen) else None
+        solution = None
+        if len(chosen):
+            assert problem.mass is not None
+            allowed = self._allowed(problem.mass[chosen], members[present[chosen]], extras or {}, n, n - len(gone))
+            solution = self._weigh(problem, chosen, allowed)
         if solution is not None:
             raw[present[chosen]] = solution.weights
         local, status = self._rescale(raw, full_mass[members], n - len(gone), solution)
@@ -241,14 +246,28 @@ class Policy:
         return present, problem
 
     def share_equally(
-        self, chosen: Tensor, scores: Scores, geometry: str, mass: Tensor, absent: Sequence[int] = ()
+        self,
+        chosen: Tensor,
+        scores: Scores,
+        geometry: str,
+        mass: Tensor,
+        absent: Sequence[int] = (),
+        extras: Mapping[str, Sequence[Any]] | None = None,
     ) -> Selection:
-        """Equal weights on the chosen candidates, without K: `curvature` is left to the caller (NaN)."""
+        """Equal weights on the chosen candidates, without K: `curvature` is left to the caller (NaN).
+
+        Raises:
+            SolverError: the set of weights does not hold them.
+        """
+        n, count, m = len(mass), len(mass) - len(set(absent)), len(chosen)
         full_mass = _normalised(mass, set(absent))
-        raw = torch.zeros(len(mass), dtype=torch.float64)
-        raw[chosen] = 1.0
-        solution = Solution(raw, Status.OPTIMAL, float("nan")) if len(chosen) else None
-        weights, status = self._rescale(raw, full_mass, len(mass) - len(set(absent)), solution)
+        raw, solution = torch.zeros(n, dtype=torch.float64), None
+        if m:
+            nothing = torch.zeros(m, 0, dtype=torch.float64)
+            allowed = self._allowed(full_mass[chosen], chosen, extras or {}, n, count)
+            solution = self.solver.solve(LowRank(nothing), nothing.sum(1), allowed)
+            raw[chosen] = solution.weights
+        weights, status = self._rescale(raw, full_mass, count, solution)
         return _report(
             weights,
             status,
@@ -284,10 +303,9 @@ class Policy:
         bend = measurement.coupling / self.trust
         return measurement.gained / self.trust, chosen.alignment - bend, chosen.alignments - bend[:, None]
 
-    def _weigh(self, problem: SelectionProblem, chosen: Tensor, count: int) -> Solution:
+    def _weigh(self, problem: SelectionProblem, chosen: Tensor, allowed: ConstraintSet) -> Solution:
         gram, alignment, m = problem.gram_block(chosen), problem.alignment[chosen], len(chosen)
         several = None if problem.alignments is None else problem.alignments[chosen]
-        allowed = self._allowed(problem, chosen, count)
         unit, pull = float(gram.trace() / m), torch.zeros_like(alignment)
         if isinstance(self.ridge, RidgeTowards):
             strength = self.ridge.strength * unit
@@ -310,15 +328,16 @@ class Policy:
             )
         return solution
 
-    def _allowed(self, problem: SelectionProblem, chosen: Tensor, count: int) -> ConstraintSet:
-        """The set of weights of the chosen, of `count` candidates on offer."""
+    def _allowed(
+        self, mass: Tensor, places: Tensor, extras: Mapping[str, Sequence[Any]], n: int, count: int
+    ) -> ConstraintSet:
+        """The set of weights of the chosen, (m,), which stand at `places` of a pool of n with `count` on offer."""
         if isinstance(self.constraints, ConstraintSet):
-            return self.constraints
-        assert problem.mass is not None
-        mass = problem.mass[chosen]
+            self.constraints.polyhedron(n)  # refuses bounds and the like of another number of candidates
+            return self.constraints.restricted(places)
         if isinstance(self.constraints, WeightQuota):
-            labels = problem.extra(self.constraints.column, "WeightQuota")
-            return self.constraints(mass, count, [labels[i] for i in chosen.tolist()])
+            labels = extras[self.constraints.column]
+            return self.constraints(mass, count, [labels[i] for i in places.tolist()])
         return self.constraints(mass, count)
 
     def overflow(self, n: int, geometry: str) -> Selection:

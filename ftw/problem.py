@@ -191,7 +191,7 @@ def as_numbers(name: str, value: Any) -> Tensor:
     """`value` as a float64 tensor on the CPU, or a `ConfigurationError` that names it. Not copied where it is one."""
     try:
         if isinstance(value, np.ndarray):
-            value = np.ascontiguousarray(value)  # torch knows no negative strides
+            value = np.asarray(value, order="C")  # torch knows no negative strides
         if isinstance(value, Tensor | np.ndarray) and ("complex" in str(value.dtype)):
             raise TypeError(f"its numbers are {value.dtype}")
         if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):

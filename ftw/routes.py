@@ -267,7 +267,7 @@ def decide_tokens(step: Step) -> Decided:
             selection.diagnostics["alignment"] = scores.alignment
             decided = Decided(selection, contributions)
         else:
-            selection = step.policy.share_equally(chosen, scores, step.geometry, step.mass, absent)
+            selection = step.policy.share_equally(chosen, scores, step.geometry, step.mass, absent, step.extras)
             combined = contributions.combine(selection.weights)
             bends = curvature(combined, *parts, step.reference, total)
             selection.diagnostics.update(curvature=sum(bends), curvature_parts=bends)

@@ -78,7 +78,8 @@ class Selector:
         preconditioner: "auto" (by the optimizer's type), a name, a class or an instance.
         filter, solver: a name (`ftw list` shows them), a class or an instance.
         constraints: set of weights that the solver minimises over, a `ConstraintMaker`, or a `WeightQuota` for shares
-            by source; default `CappedCone(cap)`. Whatever the set, see `total`.
+            by source; default `CappedCone(cap)`. A set that says something of single candidates (bounds, masses, rows,
+            one entry each) does so by their places in the pool. Whatever the set, see `total`.
         cap: largest weight as a multiple of the chosen candidates' mean weight, 4 by default; goes with the default
             constraints only.
         ridge: added to K's diagonal on the chosen candidates, relative to its mean there; 1e-3 by default. Or a

@@ -98,8 +98,8 @@ class Linear(ConstraintSet):
 
     @cached_property
     def _exponents(self) -> NDArray[np.intc]:  # (q,)
-        """Powers of two that bring each row to a largest entry of about 1: backends take small rows for none."""
-        return np.frexp(np.abs(self.rows).max(1, initial=0.0))[1]
+        """Powers of two that bring the largest entry of each row between 1 and 2: backends take small rows for none."""
+        return np.frexp(np.abs(self.rows).max(1, initial=0.0))[1] - 1
 
     @cached_property
     def _polyhedron(self) -> Polyhedron:

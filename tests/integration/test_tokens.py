@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ftw
-from ftw.errors import CandidateLayoutError, ConfigurationError, NonFiniteError
+from ftw.errors import CandidateLayoutError, ConfigurationError, NonFiniteError, SolverError
 from ftw.gradients import Recorder
+from ftw.solvers import Box, CappedSimplex, Simplex
 from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
 
 
@@ -237,3 +238,20 @@ def test_micro_batches_of_which_one_has_no_chosen_token() -> None:
         with selector.record(candidates=owner):
             (token_mean(model, batch) / 2).backward()
     assert len(selector.apply().indices) == 1
+
+
+@pytest.mark.parametrize("constraints", [CappedSimplex(1.0, 1e-3), Box(2.0, 3.0), ftw.WeightQuota({"a": 0.1})])
+def test_a_set_that_does_not_hold_equal_weights_is_no_set_for_tokens_either(constraints: Any) -> None:
+    """Equal weights need no K; the set of weights holds for them all the same."""
+    model, batch = tiny_llama(), batch_of(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    selector = selector_for(model, optimizer, filter="topk", solver="uniform", budget=0.5, constraints=constraints)
+    with selector.record(extras={"source": ["a"] * 44}):
+        token_mean(model, batch).backward()
+    with pytest.raises(SolverError, match="Uniform: infeasible"):
+        selector.select()
+    selector = selector_for(model, optimizer, filter="topk", solver="uniform", budget=0.5, constraints=Simplex(44.0))
+    with selector.record():
+        token_mean(model, batch).backward()
+    kept = selector.select().weights
+    assert len(set(kept[kept > 0].tolist())) == 1

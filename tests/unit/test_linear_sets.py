@@ -169,3 +169,48 @@ def test_the_selector_keeps_a_quota_by_the_column_of_the_batch():
         optimizer.zero_grad()
     with pytest.raises(ConfigurationError, match="source"), selector.record():
         pytest.fail("the column is missed before the block begins")
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_cap": 2_000, "reference": "target"}])
+def test_the_selector_reads_what_is_said_of_single_candidates_by_their_places(options):
+    torch.manual_seed(0)
+    model = MLP()
+
+    def loss_of(model, x):
+        return (model(x) - 1.0).square().mean()
+
+    upper = torch.arange(8, dtype=torch.float64) / 4
+    rows = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, -1.0], [0.0, 1, 0, 1, 0, 1, 0, 1]], dtype=torch.float64)
+    for constraints in (Box(0.0, upper), CappedSimplex(1.0, upper), Linear(Box(0.0, upper), rows, -0.5, 0.5)):
+        seen = {}
+
+        class Seeing(ProjectedGradient):
+            def _solve(self, gram, alignment, constraints, start=None, seen=seen):
+                seen["set"] = constraints.polyhedron(len(alignment))
+                return super()._solve(gram, alignment, constraints, start)
+
+        selector = ftw.Selector(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.01),
+            target=[torch.randn(4, 6, dtype=torch.float64)],
+            loss_fn=loss_of,
+            budget=4,
+            filter="topk",
+            solver=Seeing(),
+            constraints=constraints,
+            gradients="factorized",
+            **options,
+        )
+        with selector.record():
+            loss_of(model, torch.randn(8, 6, dtype=torch.float64)).backward()
+        selection = selector.select()
+        chosen = torch.argsort(selection.diagnostics["alignment"], descending=True, stable=True)[:4]
+        assert sorted(seen["set"].upper.tolist()) == sorted(upper[chosen].tolist())
+        if isinstance(constraints, Linear):
+            assert sorted(map(tuple, seen["set"].sides.T)) == sorted(map(tuple, rows.T[chosen].tolist()))
+        selector.discard()
+        with selector.record():
+            loss_of(model, torch.randn(7, 6, dtype=torch.float64)).backward()
+        with pytest.raises(ConfigurationError, match="for 7 candidates"):
+            selector.select()
+        selector.close()
