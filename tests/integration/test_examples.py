@@ -28,7 +28,7 @@ def example(name: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_lora", "plain_loop"])
+@pytest.mark.parametrize("name", ["hf_lora", "plain_loop", "trl_sft"])
 def test_an_example_as_it_stands(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
@@ -37,6 +37,13 @@ def test_an_example_as_it_stands(name: str, tmp_path: Path) -> None:
     losses = [float(loss) for _, loss in shown]
     assert losses[1] < losses[0]  # selected below all of it
     assert not list(tmp_path.iterdir())
+
+
+def test_sft_takes_selection_arguments() -> None:
+    pytest.importorskip("trl", reason="the example is for its SFTTrainer")
+    losses = example("trl_sft").main(["--steps", "1", "--pretrain_steps", "1", "--packing", "true", "--budget", "3"])
+    assert losses.keys() == {"all of it", "selected"}
+    assert losses["all of it"] != losses["selected"]
 
 
 def test_the_plain_loop_three_ways() -> None:
