@@ -31,7 +31,7 @@ def example(name: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_lora", "lightning_module", "plain_loop"])
+@pytest.mark.parametrize("name", ["hf_lora", "lightning_module", "plain_loop", "trl_sft"])
 def test_an_example_as_it_stands(name: str, tmp_path: Path) -> None:
     if name == "lightning_module":
         pytest.importorskip("lightning", reason="its Trainer is what the example shows")
@@ -58,6 +58,13 @@ def test_two_processes_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     losses = [float(line.rsplit(": ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("test loss")]
     assert losses[1] < losses[0]  # selected below all of it
+
+
+def test_sft_takes_selection_arguments() -> None:
+    pytest.importorskip("trl", reason="the example is for its SFTTrainer")
+    losses = example("trl_sft").main(["--steps", "1", "--pretrain_steps", "1", "--packing", "true", "--budget", "3"])
+    assert losses.keys() == {"all of it", "selected"}
+    assert losses["all of it"] != losses["selected"]
 
 
 def test_the_plain_loop_three_ways() -> None:

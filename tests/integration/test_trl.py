@@ -103,7 +103,7 @@ def trainer_of(
     folder: Path,
     selection: SelectionArguments | None,
     *,
-    adapters: bool = False,
+    adapters: bool | dict[str, Any] = False,
     kind: str = "text",
     model: Any = None,
     callbacks: Any = (),
@@ -129,7 +129,8 @@ def trainer_of(
         "assistant_only_loss": kind == "talk",
     }
     extra = {} if selection is None else {"target_dataset": samples(10, 3, kind), "selection": selection}
-    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = adapters if isinstance(adapters, dict) else {"target_modules": "all-linear"}
+    lora = LoraConfig(r=3, task_type="CAUSAL_LM", **given)
     return (of or (SFTTrainer if selection is None else SelectionSFTTrainer))(
         model=model_of() if model is None else model,
         args=SFTConfig(**{**settings, **changed}),
@@ -236,6 +237,43 @@ def test_each_loss_is_the_untouched_trainers(changed: dict[str, Any], tmp_path: 
     ):  # the target left no trace
         first, second = ([entry[name] for entry in each] for each in evaluations)
         assert first == pytest.approx(second, abs=1e-6)
+
+
+def heads(name: str) -> Any:
+    """Models that change what their head says, share its weight, or add a loss of their own."""
+    import transformers
+
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    size |= {"vocab_size": len(tokenizer()), "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    if name == "GPT2":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**size, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        )
+    size |= {"intermediate_size": 24, "num_key_value_heads": 2}
+    if name == "Cohere":
+        return transformers.CohereForCausalLM(transformers.CohereConfig(**size, logit_scale=0.3))
+    mixtral = transformers.MixtralConfig(
+        **size, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1
+    )
+    return transformers.MixtralForCausalLM(mixtral)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Cohere", "Mixtral", "lm_head saved"])
+def test_other_heads(name: str, tmp_path: Path) -> None:
+    adapters: Any = False
+    if name == "lm_head saved":
+        adapters = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    runs = [
+        trainer_of(tmp_path, each, model=None if adapters else heads(name), adapters=adapters, max_steps=3)
+        for each in (None, UNTOUCHED)
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert_same_run(*runs)
+    assert (name == "Mixtral") == ("aux_loss" in runs[1].state.log_history[0])
+    if name == "Mixtral":
+        assert logged(runs[0], "aux_loss") == pytest.approx(logged(runs[1], "aux_loss"), abs=1e-6)
 
 
 # -- selection on ------------------------------------------------------------------------------------------------------
