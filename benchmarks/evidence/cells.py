@@ -27,7 +27,7 @@ from .training import Trial, filling_for, mean_loss, restored, train
 def versions() -> dict[str, str]:
     """What rounding depends on besides the code."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    return {**found, "machine": platform.machine()}
+    return {**found, "machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def configuration(cell: Cell, folder: Path) -> dict[str, Any]:
