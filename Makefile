@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint bench evidence clean
+.PHONY: help install demo test test-fast lint bench evidence evidence-context clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv and install ftw with what its development needs
 
@@ -46,9 +46,12 @@ lint: $(INSTALLED) ## style, format and types
 bench: $(INSTALLED) ## every benchmark, one after the other
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-evidence: $(INSTALLED) ## the evidence harness: make evidence DATA=folder (ARGS='--only method=ours'); resumes
+evidence: $(INSTALLED) ## the evidence harness, resumed: make evidence DATA=folder ARGS='--grid axes' (docs/evidence.md)
 	@test -n "$(DATA)" || { echo "make evidence needs DATA=<folder of JSONL files>; see docs/evidence.md"; exit 2; }
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m evidence run $(DATA) --jobs $(JOBS) $(ARGS)
+
+evidence-context: $(INSTALLED) ## its study of long contexts (DATA=folder; without it on generated text)
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m evidence context $(DATA) $(ARGS)
 
 clean: ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from ftw.errors import FtwError
 from ftw.experiment import models
 
-from . import context, figures, grids, tables
+from . import context, context_report, figures, grids, tables
 from .runner import run
 from .settings import filtered, key_of
 from .store import Store, finite
@@ -76,8 +76,8 @@ def _context(options: argparse.Namespace) -> int:
                 store.append(finite(record))
                 print(f"T = {length}, pool {pool}: {record['clock']['total']:.0f} s", file=sys.stderr, flush=True)
             records.append(store.records[key])
-    (options.out / "context.md").write_text(context.report(records), encoding="utf-8")
-    context.draw(records, options.out / "context.png")
+    (options.out / "context.md").write_text(context_report.report(records), encoding="utf-8")
+    context_report.draw(records, options.out / "context.png")
     print(f"{options.out / 'context.md'} and a picture of {len(records)} records")
     return 0
 

@@ -27,7 +27,7 @@ from .training import Trial, filling_for, mean_loss, restored, train
 def versions() -> dict[str, str]:
     """What rounding depends on besides the code."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    return {**found, "machine": platform.machine()}
+    return {**found, "machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def configuration(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -96,6 +96,8 @@ def _figures(cell: Cell, folder: Path, cache: Path | None) -> tuple[dict[str, An
         before = _trials(model, METHODS["target_only"], found, setting, cell.seed)
         restored(model, _chosen(before)[1].best)
         trials = _trials(model, Method("select", method.preset), found, setting, cell.seed)
+        for _, run in trials:
+            run.curve.follow(_chosen(before)[1].curve)
     else:
         trials = _trials(model, method, found, setting, cell.seed)
     options, trial = _chosen(trials)
@@ -108,27 +110,30 @@ def _figures(cell: Cell, folder: Path, cache: Path | None) -> tuple[dict[str, An
             figures |= accuracy(model, found.decoded, target.source, target.decode)
         return figures
 
+    final = judged(trial.final)
+    at_best = final if best == len(curve.step) - 1 else judged(trial.best)
     figures = {
-        "untrained": judged(start),
-        "final": judged(trial.final),
-        "best": {**judged(trial.best), "step": curve.step[best], "dev": curve.dev[best]},
+        "untrained": {"loss": mean_loss(restored(model, start), found.test)},
+        "final": final,
+        "best": {**at_best, "step": curve.step[best], "dev": curve.dev[best]},
         "curve": {name: getattr(curve, name) for name in ("step", "dev", "test", "trained", "passed")},
         "trial": options,
         "trials": [{**each, "dev": min(run.curve.dev)} for each, run in trials],
         "tuning": {
-            "trained": sum(run.curve.trained[-1] for _, run in (*before, *trials)),
-            "passed": sum(run.curve.passed[-1] for _, run in (*before, *trials)),
+            "trained": sum(run.curve.trained[-1] - run.curve.trained[0] for _, run in (*before, *trials)),
+            "passed": sum(run.curve.passed[-1] - run.curve.passed[0] for _, run in (*before, *trials)),
         },
         "weight": dict(sorted(trial.weight.items())),
         "pool_share": found.pool_share,
         "statuses": dict(sorted(trial.statuses.items())),
     }
     if before:
-        figures["before"] = {"trial": _chosen(before)[0], "step": _step(before)}
+        earlier = _chosen(before)
+        figures["before"] = {"trial": earlier[0], "step": earlier[1].curve.step[earlier[1].curve.best]}
     clock = {
         "wall": curve.wall,
         "processor": curve.processor,
-        "processor_all_trials": sum(run.curve.processor[-1] for _, run in (*before, *trials)),
+        "processor_all_trials": sum(run.curve.processor[-1] - run.curve.processor[0] for _, run in (*before, *trials)),
     }
     return figures, clock
 
@@ -150,8 +155,3 @@ def _trials(
 def _chosen(trials: list[tuple[dict[str, float], Trial]]) -> tuple[dict[str, float], Trial]:
     """By dev alone; the first of equal ones."""
     return min(trials, key=lambda each: min(each[1].curve.dev))
-
-
-def _step(trials: list[tuple[dict[str, float], Trial]]) -> int:
-    curve = _chosen(trials)[1].curve
-    return curve.step[curve.best]

@@ -8,7 +8,7 @@ from . import methods
 from .settings import CORE_TARGETS, Cell, Setting, varied
 
 CORE = Setting()
-HANDFUL = ("ours", "vanilla_reweight", "adam_topk", "greats", "random", "full", "target_only")
+HANDFUL = ("ours", "vanilla_reweight", "greats", "random", "full", "target_only")
 AXIS_TARGETS = ("svamp", "gsm8k_absent")
 
 AXES: tuple[tuple[Setting, tuple[str, ...]], ...] = (
@@ -19,8 +19,7 @@ AXES: tuple[tuple[Setting, tuple[str, ...]], ...] = (
     (varied(CORE, target_samples=128), ("gsm8k_absent",)),  # svamp has 67 dev samples in all
     (varied(CORE, budget=8), AXIS_TARGETS),
     (varied(CORE, budget=1), AXIS_TARGETS),
-    (varied(CORE, lr=CORE.lr / 3), AXIS_TARGETS),
-    (varied(CORE, lr=CORE.lr * 3), AXIS_TARGETS),
+    *((varied(CORE, lr=CORE.lr * factor), CORE_TARGETS) for factor in methods.LR_FACTORS if factor != 1.0),
     (CORE, ("scan", "mmlu")),
 )
 """One thing changed at a time, for a handful of methods."""
@@ -54,4 +53,8 @@ def _cells(name: str, seeds: Sequence[int]) -> Iterator[Cell]:
             yield from (Cell(method, "svamp", seed, QUICK) for method in methods.CORE)
         else:
             for setting, targets in AXES:
-                yield from (Cell(method, target, seed, setting) for target in targets for method in HANDFUL)
+                for method in HANDFUL:
+                    # A tuned method has tried these learning rates in the core.
+                    only_rate = setting != CORE and varied(setting, lr=CORE.lr) == CORE
+                    if not (only_rate and methods.METHODS[method].tuned):
+                        yield from (Cell(method, target, seed, setting) for target in targets)

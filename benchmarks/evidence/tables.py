@@ -219,11 +219,12 @@ def chosen_rates(groups: Mapping[tuple[Setting, str], Runs]) -> list[str]:
         for method in dict.fromkeys(name for runs in by_rate.values() for name in runs):
             for seed in sorted({seed for runs in by_rate.values() for seed in runs.get(method, {})}):
                 tried = {rate: runs[method][seed] for rate, runs in by_rate.items() if seed in runs.get(method, {})}
-                if len(tried) < len(by_rate):
+                by_itself = methods.METHODS[method].tuned and bool(tried)  # it has tried them within a cell
+                if len(tried) < len(by_rate) and not by_itself:
                     continue
                 rate = min(tried, key=lambda each: tried[each]["figures"]["best"]["dev"])
                 chosen.setdefault(method, {})[seed] = tried[rate]["figures"]["best"]["loss"]
-                rates.setdefault(method, []).append(rate)
+                rates.setdefault(method, []).append(tried[rate]["figures"]["trial"]["lr"])
         lines = [
             [
                 f"`{method}`",

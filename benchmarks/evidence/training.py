@@ -49,6 +49,12 @@ class Curve:
         """Position of the smallest dev loss; the first of equal ones."""
         return min(range(len(self.dev)), key=self.dev.__getitem__)
 
+    def follow(self, earlier: Curve) -> None:
+        """Counts and clocks go on from where an earlier run was best."""
+        for name in ("step", "trained", "passed", "wall", "processor"):
+            before = getattr(earlier, name)[earlier.best]
+            setattr(self, name, [before + each for each in getattr(self, name)])
+
 
 @dataclass
 class Trial:
@@ -61,6 +67,7 @@ class Trial:
     """Source -> sum of `mu_i w_i` of the candidates over all steps."""
 
     statuses: dict[str, int] = field(default_factory=dict)
+    """Of the selector, how often each."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ def train(
             processor += time.process_time() - worked
             trained += filled.trained
             passed += filled.passed
-            statuses[filled.status] = statuses.get(filled.status, 0) + 1
+            if filled.status:
+                statuses[filled.status] = statuses.get(filled.status, 0) + 1
             if filled.weights is not None:
                 rows = ordered(material.candidates[step])
                 for row, share in zip(rows, (masses(rows) * filled.weights).tolist(), strict=True):

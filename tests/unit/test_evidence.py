@@ -58,7 +58,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-@pytest.mark.parametrize("method", METHODS)
+UNLIKE = ("ours", "token_level", "max_loss", "random", "mixture", "ours_with_target", "ours_warm", "ours (blocks 4)")
+"""Methods with code of their own; the others differ from these by a preset."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in UNLIKE else pytest.mark.slow) for name in METHODS]
+)
 def test_a_cell_run_again_gives_the_same_figures(method: str, folder: Path, tmp_path: Path) -> None:
     cell = Cell(method, "svamp", 0, TINY)
     first = cells.run_cell(cell, folder, tmp_path / "cache")  # pre-trains
@@ -67,11 +73,23 @@ def test_a_cell_run_again_gives_the_same_figures(method: str, folder: Path, tmp_
     assert first["figures"] == second["figures"]
     assert first["key"] == second["key"]
     figures = first["figures"]
-    assert figures["curve"]["step"][0] == 0
+    assert (figures["curve"]["step"][0] == 0) == (method != "ours_warm")
     assert len(figures["curve"]["dev"]) == len(first["clock"]["wall"])
     assert figures["best"]["dev"] == min(figures["curve"]["dev"])
     assert 0 <= figures["final"]["number"] <= 1
     json.dumps(first, allow_nan=False)
+
+
+def test_a_warm_start_goes_on_from_where_target_only_was_best(folder: Path, tmp_path: Path) -> None:
+    warm, alone = (
+        cells.run_cell(Cell(method, "svamp", 2, TINY), folder, tmp_path)["figures"]
+        for method in ("ours_warm", "target_only")
+    )
+    assert warm["curve"]["test"][0] == alone["curve"]["test"][alone["curve"]["dev"].index(alone["best"]["dev"])]
+    assert warm["curve"]["step"][0] == warm["before"]["step"] == alone["best"]["step"] > 0
+    assert warm["before"]["trial"] == alone["trial"]
+    assert warm["curve"]["trained"][0] > 0
+    assert warm["tuning"]["passed"] == alone["tuning"]["passed"] + 4 * (8 + 4)  # candidates and a target batch
 
 
 @pytest.mark.parametrize("changes", [{"tuning": "lora"}, {"optimizer": "sgd"}, {"corrupted": 0.3}])
@@ -292,7 +310,7 @@ def test_the_last_number_counts(said: str, right: str, same: bool) -> None:
 
 
 def record(
-    method: str, seed: int, loss: float | None, *, target: str = "svamp", lr: float = 2e-3, **more: object
+    method: str, seed: int, loss: float | None, *, target: str = "svamp", lr: float = CORE.lr, **more: object
 ) -> dict:
     """A record as the harness makes it, with a curve that falls to `loss` by halves."""
     cell = Cell(method, target, seed, settings.varied(CORE, lr=lr, corrupted=more.pop("corrupted", 0.0)))
@@ -309,6 +327,7 @@ def record(
             "passed": [0, 1, 2],
         },
         "tuning": {"passed": 480, "trained": 80},
+        "trial": {"lr": lr, "steps": 150},
         "weight": {"svamp": 1.0, "svamp (corrupted)": 3.0},
         "pool_share": {"svamp": 0.7, "svamp (corrupted)": 0.3},
         **more,
@@ -363,11 +382,15 @@ def test_the_learning_rate_that_dev_chooses_is_shown_and_not_the_best() -> None:
             record("ours", 0, 1.3, lr=6e-3, dev=1.0),
             record("full", 0, 1.8, lr=2e-3, dev=1.0),
             record("full", 0, 1.7, lr=6e-3, dev=2.0),
+            record("greats", 0, 1.0, lr=6e-3),
+            record("target_only", 0, 1.1, lr=2e-3, trial={"lr": 5e-4, "steps": 40}),
         ]
     )
     lines = tables.chosen_rates(groups)
     assert "| `ours` | 1.300 |  | 0.006 |" in lines
     assert "| `full` | 1.800 | +0.500 | 0.002 |" in lines
+    assert "| `target_only` | 1.100 | -0.200 | 0.0005 |" in lines  # tuned within its cell
+    assert not any("greats" in line for line in lines)  # not run at every rate
 
 
 def test_the_share_of_the_weight_on_corrupted_samples() -> None:

@@ -82,7 +82,7 @@ def test_the_exact_form_under_row_by_column_is_that_of_its_scale() -> None:
     torch.testing.assert_close(found.alignment, contributions.alignment(direction), rtol=1e-9, atol=1e-16)
 
 
-def test_a_record_is_the_same_every_time_and_blocks_of_one_would_be_exact() -> None:
+def test_a_record_is_the_same_every_time_and_exact_where_nothing_is_sketched() -> None:
     first, second = (run_study(SMALL, None, None) for _ in range(2))
     assert first["figures"] == second["figures"]
     assert first["key"] == second["key"]
@@ -93,6 +93,7 @@ def test_a_record_is_the_same_every_time_and_blocks_of_one_would_be_exact() -> N
         assert figures["alignment"] >= 0
     # Sketches of 16384 numbers are larger than any parameter of this model: nothing is sketched.
     assert first["figures"]["projection 16384"]["gram"] == 0.0
+    assert first["figures"]["projection 16384"]["match"] == pytest.approx(1.0, abs=1e-12)
     assert first["figures"]["projection 64"]["gram"] > 0.01
     assert first["figures"]["projection 64"]["alignment"] < 1e-5
     assert first["figures"]["blocks all"]["gram"] > first["figures"]["blocks 4"]["gram"] > 0.01
