@@ -366,6 +366,19 @@ def test_packed_samples_with_eager_attention(adapters: bool, tmp_path: Path) -> 
     assert_same_choice(first[1], second[1])
 
 
+@pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 24}], ids=["padded", "packed"])
+def test_a_frozen_head_may_be_shown_labelled_tokens_alone(
+    layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As TRL does on a GPU; here on a CPU."""
+    runs = []
+    for alone in (False, True):
+        monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device, alone=alone: alone)
+        runs.append(chosen(tmp_path, CHOOSING, adapters=True, kind="prompt", max_steps=4, **layout))
+    assert_same_choice(runs[0][1], runs[1][1])
+    assert_same_run(runs[0][0], runs[1][0])
+
+
 @pytest.fixture
 def unmasked() -> Iterator[str]:
     """An attention that is causal and knows no borders, as one without a mask function of its own is."""
@@ -404,6 +417,7 @@ def test_a_capped_window_chooses_the_same(layout: dict[str, Any], adapters: bool
 # -- as TRL has it -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_the_defaults_of_trl(adapters: bool, tmp_path: Path) -> None:
     """bf16 and checkpointing are on."""
@@ -496,6 +510,7 @@ def test_a_run_that_was_broken_off_resumes_bitwise(adapters: bool, layout: dict[
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init_scale", [2.0**7, 2.0**40], ids=["fits", "overflows at first"])
 def test_a_gradient_scaler(init_scale: float, tmp_path: Path) -> None:
     with half_precision() as scaled:
