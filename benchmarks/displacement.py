@@ -9,6 +9,7 @@ model: the relative error |d_predicted - d_real| / |d_real| of the displacement 
     pool      the sum of all contributions (the default)
     target    the target gradient
     previous  the second moment as the last step left it
+    previous+ the same with `AdamW(floor=0.01)`, target+ likewise
     again     weights decided a second time, with G(w) of the first decision as reference, the pool's gradient where it
               is zero (`relinearise=True`); the error is that of the second weights' own displacement
     unfilled  the same with plain G(w) as reference
@@ -37,6 +38,7 @@ from ftw.experiment.sources import demo_data
 from ftw.optim_state import AdamW
 
 Gradient = dict[Parameter, Tensor]
+FLOOR = 0.01
 SHOWN = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100)
 
 
@@ -76,6 +78,8 @@ def errors(seed: int, steps: int, lr: float) -> dict[str, list[float]]:
             except OptimizerStateError:  # nothing to be stale before the first step
                 continue
             predicted[name] = update.displacement(used)
+            if name in ("target", "previous"):
+                predicted[f"{name}+"] = AdamW(floor=FLOOR).linearise(optimizer, reference).displacement(used)
             if name == "pool":
                 predicted["no offset"] = {p: -update.scale[p].apply(g) for p, g in used.items()}
         of_step: dict[str, float] = {}
@@ -125,7 +129,8 @@ def draw(path: Path, runs: list[dict[str, list[float]]]) -> None:
     for name in runs[0]:
         columns = list(zip(*(run[name] for run in runs), strict=True))
         steps = range(1, len(columns) + 1)
-        (line,) = axes.plot(steps, [statistics.median(c) for c in columns], label=name, linewidth=1.5)
+        style = "--" if name.endswith("+") else "-"
+        (line,) = axes.plot(steps, [statistics.median(c) for c in columns], style, label=name, linewidth=1.5)
         axes.fill_between(
             steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
         )
@@ -151,9 +156,11 @@ def main() -> None:
     runs = [errors(seed, arguments.steps, arguments.lr) for seed in range(arguments.seeds)]
     names = list(runs[0])
     print("step" + "".join(f"{name:>12}" for name in names))
+    worst = [max(max(run[name][5:], default=float("nan")) for run in runs) for name in names]
     for step in (step for step in SHOWN if step <= arguments.steps):
         row = [statistics.median(run[name][step - 1] for run in runs) for name in names]
         print(f"{step:4d}" + "".join(f"{value:12.3g}" for value in row))
+    print("worst of any seed, from step 6 on:\n    " + "".join(f"{value:12.3g}" for value in worst))
     if arguments.out is not None:
         draw(arguments.out, runs)
 

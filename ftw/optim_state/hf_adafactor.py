@@ -38,8 +38,7 @@ class HFAdafactor(Preconditioner):
     `warmup_init`; m is the running mean of past updates, learning rates included, and kappa = 1 where `beta1` is None.
     v is separable always: `RowColumn`, or `Diagonal` for vectors. M is exact if the reference is the gradient used.
     Without one, r and c are those of the last step, D is 1, and alpha is the coming step's. Away from the reference
-    D errs as described for torch's `Adafactor`; measured as there, displacements are off by .37, .13 and .10 of their
-    norm at steps 6, 21 and 41, without clipping by .31, .10 and .07.
+    D errs as described and measured for torch's `Adafactor`.
 
     Deviations of the code from the paper, followed here: means instead of sums; m is not corrected for its start at 0,
     so that kappa is 1-b1 from the first step on; decay is decoupled and scaled by alpha, hence by RMS(theta) as well;

@@ -54,12 +54,22 @@ def preconditioner_for(optimizer: Optimizer) -> Preconditioner:
             preconditioner = cls()
             preconditioner.check(optimizer)
             return preconditioner
-    given = qualified(type(optimizer))
     raise UnsupportedOptimizerError(
-        f"no preconditioner models the optimizer {given}; modelled are {_modelled()}; use "
-        "preconditioner='identity' for plain gradients, or register one under entry-point group "
-        "'ftw.optim_state' and name it."
+        f"no preconditioner models the optimizer {qualified(type(optimizer))}; modelled are {_modelled()}; "
+        f"{_if_it_steps_alike(optimizer)}use preconditioner='identity' for plain gradients, pass a Preconditioner of "
+        "your own, or register one under entry-point group 'ftw.optim_state' and name it."
     )
+
+
+def _if_it_steps_alike(optimizer: Optimizer) -> str:
+    """What to do about a subclass of a modelled class."""
+    for base in type(optimizer).mro():
+        for cls in BUILT_IN:
+            if any(models(known, base) for known in cls.optimizers):
+                return (
+                    f"if its step is that of {base.__name__}, pass preconditioner=ftw.optim_state.{cls.__name__}; else "
+                )
+    return ""
 
 
 def _modelled() -> str:

@@ -48,14 +48,14 @@ class Muon(Preconditioner):
     the step if the reference is the gradient used, whatever f. Without one, it is taken at B~ = B. A reference with
     B~ = 0 gives a finite M, 1/eps large.
 
-    Limits. torch iterates in bfloat16 whatever the parameter's dtype: its step differs from this map by 1.1 to 2.2% of
-    its norm where both sides have 32 to 256 rows (condition up to 1e4; cosine at least .9997), and by 1.6% in the
-    median, 23% at worst, where one has 2 to 16. Worked out in float32, the map differs from that in float64 by 0.3% at
-    most. Away from the reference it is a coarse one, because singular vectors turn with G while singular values hardly
-    grow: with the pool as reference and a random quarter of it as G, displacements are off by .81, .43 and .47 of their
-    norm at steps 6, 21 and 41 (AdamW: .17, .06 and .04; a tiny Llama on real text, median of 3 seeds), and with f = 0
-    by 7.7, 3.1 and 3.3. It costs an eigendecomposition of the smaller side per matrix and step, about twice torch's own
-    step on a CPU.
+    Limits. torch iterates in bfloat16 whatever the parameter's dtype: for random matrices its step differs from this
+    map by 1.1 to 2.2% of its norm where both sides have 32 to 256 rows (condition up to 1e4; cosine at least .9997),
+    and by 1.6% in the median, 23% at worst, where one has 2 to 16. On gradients of a fine-tuned tiny Llama, whose small
+    singular values drown in that rounding, it is 6% of all matrices together; 0.6% where torch is made to iterate in
+    float32. Away from the reference the map is a coarse one, because the step turns with G and hardly grows with it:
+    with the pool as reference and a random quarter of it as G, displacements are off by .77 of their norm in steps 6 to
+    15 and by .54 in 16 to 40 (AdamW: .25 and .092), with f = 0 by 6.2 and 3.4 (`benchmarks/away.py`). It costs
+    an eigendecomposition of the smaller side per matrix and step, about twice torch's own step on a CPU.
 
     Args:
         floor: f, in units of the root mean square singular value of B~_ref. At 0, M is the secant Q itself, whose slope

@@ -307,3 +307,18 @@ def test_match_does_not_see_the_learning_rate_and_neither_does_utility(name: str
             weights.append(select(model, optimizer, random(CANDIDATES, 6, seed=3), objective=objective).weights)
     for small, large in found.values():
         torch.testing.assert_close(small, large, rtol=1e-7, atol=1e-9)
+
+
+def test_adafactor_s_first_moment_holds_past_rates() -> None:
+    """The exception: `match` is as free of the rate as elsewhere, utility is not."""
+    hf = pytest.importorskip("transformers.optimization")
+    found: dict[str, list[Tensor]] = {"match": [], "utility": []}
+    for lr in (1e-5, 1e-1):
+        for objective, weights in found.items():
+            model = MLP()
+            optimizer = hf.Adafactor(model.parameters(), lr=0.01, beta1=0.9, relative_step=False, scale_parameter=False)
+            with_history(model, optimizer, 3)
+            optimizer.param_groups[0]["lr"] = lr
+            weights.append(select(model, optimizer, random(CANDIDATES, 6, seed=3), objective=objective).weights)
+    torch.testing.assert_close(*found["match"], rtol=1e-7, atol=1e-9)
+    assert (found["utility"][0] - found["utility"][1]).abs().max() > 1e-2
