@@ -1,4 +1,4 @@
-"""Watching a run: the log of its decisions, and the report made from it. See docs/watching.md."""
+"""Watching a run: the log of its decisions. See docs/watching.md."""
 
 from ftw.watching.entries import Entry, read_log
 from ftw.watching.log import DecisionLog

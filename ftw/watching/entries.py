@@ -1,8 +1,7 @@
 """The lines of a decision log: what stands in one, how it is written as JSON and read back.
 
 The first line says what the file is, every further one is a step. A line is written whole or, when the writer is
-killed, cut short without its line break: such a last line is passed over. Called by `ftw.watching.log`, which writes,
-and by the report.
+killed, cut short without its line break: such a last line is passed over. Called by `ftw.watching.log`, which writes.
 """
 
 from __future__ import annotations
