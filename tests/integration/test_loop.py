@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import ftw
 from ftw.errors import CandidateLayoutError, ConfigurationError, RecordingError, UnsupportedOptimizerError
-from ftw.watching import read_log
 from tests.models import MLP, batch_of, lora_llama, tiny_llama
 
 Pair = tuple[Tensor, Tensor]
