@@ -44,7 +44,7 @@ def run(
         again: run stored cells too, so that the store can compare (`Store.conflicts`).
 
     Raises:
-        FtwError: what the first cell that failed raised; those that had ended by then are stored.
+        FtwError: cells failed, with what they raised; all others were run and are stored.
     """
     began = time.perf_counter()
     keys = [key_of(cells.configuration(cell, folder)) for cell in grid]
@@ -59,8 +59,13 @@ def run(
 
     left = list(missing)
     source = _here if jobs == 1 else _elsewhere(jobs)
-    for cell, record in source(left, folder, cache, late):
-        record = finite(record)
+    failures: list[str] = []
+    for cell, found in source(left, folder, cache, late):
+        if isinstance(found, str):
+            failures.append(f"{cell.label} failed:\n{found}")
+            say(failures[-1])
+            continue
+        record = finite(found)
         store.append(record)
         estimate.learn(cell, record["clock"]["total"])
         loss, best = record["figures"]["final"]["loss"], record["figures"]["best"]["loss"]
@@ -70,6 +75,11 @@ def run(
         )
     if left:
         say(f"{len(left)} cells were not begun within {budget_minutes:g} minutes; the same command goes on with them")
+    if failures:
+        raise FtwError(
+            f"{len(failures)} of {len(missing)} cells failed, the first: {failures[0]}\nThe others are stored; mend "
+            "the cause and run the same command again."
+        )
     return len(left)
 
 
@@ -116,14 +126,25 @@ def _shown(loss: float | None) -> str:
 Late = Callable[[], bool]
 
 
-def _here(left: list[Cell], folder: Path, cache: Path | None, late: Late) -> Iterator[tuple[Cell, Record]]:
+Found = Iterator[tuple[Cell, Record | str]]
+"""Cells that ended, each with its record or with what it raised."""
+
+
+def _here(left: list[Cell], folder: Path, cache: Path | None, late: Late) -> Found:
     while left and not late():
         cell = left.pop(0)
-        yield cell, cells.run_cell(cell, folder, cache)
+        yield cell, _tried(cell, folder, cache)
 
 
-def _elsewhere(jobs: int) -> Callable[..., Iterator[tuple[Cell, Record]]]:
-    def results(left: list[Cell], folder: Path, cache: Path | None, late: Late) -> Iterator[tuple[Cell, Record]]:
+def _tried(cell: Cell, folder: Path, cache: Path | None) -> Record | str:
+    try:
+        return cells.run_cell(cell, folder, cache)
+    except Exception:  # whatever it is, the other cells do not depend on it
+        return traceback.format_exc()
+
+
+def _elsewhere(jobs: int) -> Callable[..., Found]:
+    def results(left: list[Cell], folder: Path, cache: Path | None, late: Late) -> Found:
         for cell in {(c.setting.pretrain_steps, c.setting.width, c.seed): c for c in left}.values():
             cells.prepare(cell, folder, cache)  # once, before two workers would
         context = multiprocessing.get_context("spawn")
@@ -158,25 +179,18 @@ def _elsewhere(jobs: int) -> Callable[..., Iterator[tuple[Cell, Record]]]:
     return results
 
 
-def _received(pipe: Connection, cell: Cell) -> Record:
+def _received(pipe: Connection, cell: Cell) -> Record | str:
     try:
-        found, text = pipe.recv()
+        found: Record | str = pipe.recv()
     except EOFError as error:
         raise FtwError(
             f"the process that ran {cell.label} ended without an answer (killed, or out of memory); the cell is not "
             "stored; run the same command again, with fewer --jobs."
         ) from error
-    if text:
-        raise FtwError(f"{cell.label} failed:\n{text}")
-    record: Record = found
-    return record
+    return found
 
 
 def _work(pipe: Connection, folder: Path, cache: Path | None) -> None:
-    with suppress(EOFError, KeyboardInterrupt):
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # the runner is gone, or goes
         while True:
-            cell = pipe.recv()
-            try:
-                pipe.send((cells.run_cell(cell, folder, cache), ""))
-            except Exception:
-                pipe.send((None, traceback.format_exc()))
+            pipe.send(_tried(pipe.recv(), folder, cache))

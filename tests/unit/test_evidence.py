@@ -206,11 +206,15 @@ def test_two_processes_find_what_one_finds(folder: Path, tmp_path: Path) -> None
     assert one == two
 
 
-@pytest.mark.slow
-def test_what_fails_in_a_worker_is_said_here(folder: Path, tmp_path: Path) -> None:
-    bad = [Cell("ours", "svamp", 0, settings.varied(TINY, optimizer="none"))]
-    with pytest.raises(FtwError, match="ours on svamp, seed 0 failed"):
-        runner.run(bad, folder, Store(tmp_path / "a"), cache=tmp_path, jobs=2, say=lambda line: None)
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_cell_that_fails_is_said_and_the_others_are_stored(jobs: int, folder: Path, tmp_path: Path) -> None:
+    bad = Cell("ours", "svamp", 0, settings.varied(TINY, optimizer="none"))
+    store = Store(tmp_path / "cells.jsonl")
+    with pytest.raises(
+        FtwError, match=r"1 of 2 cells failed, the first: ours on svamp, seed 0 failed:\n(?s:.)*is 'none'"
+    ):
+        runner.run([bad, GRID[1]], folder, store, cache=tmp_path, jobs=jobs, say=lambda line: None)
+    assert [record["configuration"]["method"]["name"] for record in store.records.values()] == ["random"]
 
 
 def test_no_cell_is_begun_after_the_budget(folder: Path, tmp_path: Path) -> None:
