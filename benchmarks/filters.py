@@ -45,6 +45,7 @@ from ftw.problem import SelectionProblem
 
 FILTERS: dict[str, Filter] = {
     "greedy": Greedy(),
+    "greedy, refit": Greedy("refit"),
     "omp": OMP(),
     "chain": Chain(),
     "dpp": DPP(),

@@ -66,7 +66,7 @@ FILTERS = {
     "facility_location": (FacilityLocation, [{}]),
     "grad_norm": (GradNorm, [{}]),
     "greats": (Greats, [{}, {"learning_rate": 1e-3, "reduction": "mean"}]),
-    "greedy": (Greedy, [{}]),
+    "greedy": (Greedy, [{}, {"gain": "refit"}]),
     "ifd": (IFD, [{}, {"most": math.inf}]),
     "max_loss": (MaxLoss, [{}]),
     "omp": (OMP, [{}, {"ridge": 0.0, "tolerance": 0.0}, {"signed": True}, {"signed": True, "ridge": 0.0}]),

@@ -1,6 +1,7 @@
 """Matching pursuits and GREATS against references in feature space that know C and g, not K and b."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy.optimize import nnls
 
 from ftw.errors import ConfigurationError
 from ftw.filters import OMP, Greats, Greedy, TopK
+from ftw.filters.greedy import GAINS
 from ftw.filters.refit import non_negative
 from ftw.problem import SelectionProblem
 from ftw.testing import SHAPES, ugly_problem
@@ -56,12 +58,13 @@ def test_non_negative_refit_is_nnls(shape):
 # --- Greedy on a factor ---
 
 
+@pytest.mark.parametrize("gain", GAINS)
 @pytest.mark.parametrize("shape", ["plain", "uneven", "common", "duplicates"])
-def test_greedy_is_the_same_from_a_factor_and_forms_no_gram(shape):
+def test_greedy_is_the_same_from_a_factor_and_forms_no_gram(shape, gain):
     for seed in range(5):
         C, g = features(40, 12, seed, shape)
         problem = SelectionProblem(factor=torch.from_numpy(C.T.copy()), alignment=torch.from_numpy(C.T @ g), budget=10)
-        assert Greedy()(problem).tolist() == Greedy()(posed(C, g, 10)).tolist()
+        assert Greedy(gain)(problem).tolist() == Greedy(gain)(posed(C, g, 10)).tolist()
         assert "full_gram" not in problem.__dict__
 
 
@@ -117,6 +120,60 @@ def test_greedy_comes_near_the_best_set_there_is():
     assert np.median(shares) >= 0.999
     assert np.quantile(shares, 0.1) >= 0.9
     assert min(shares) >= 1 - 1 / np.e  # greedy's guarantee on submodular objectives, which this one is not
+
+
+def forward(C, g, k):
+    """Whoever makes the refitted drop largest, and away with those whose weight falls to 0: every one is tried."""
+    chosen, reached = [], 0.0
+    while len(chosen) < k:
+        drops = [best_drop(C, g, [*chosen, j]) if j not in chosen else -np.inf for j in range(len(C.T))]
+        if max(drops) <= reached + 1e-9 * (g @ g):
+            break
+        best = next(j for j, drop in enumerate(drops) if drop >= max(drops) * (1 - 1e-10))
+        weights, reached = nnls(C[:, [*chosen, best]], g)[0], max(drops)
+        chosen = [j for j, w in zip([*chosen, best], weights, strict=True) if w > 0]
+    return chosen
+
+
+@pytest.mark.parametrize("shape", ["plain", "uneven", "common", "duplicates"])
+def test_greedy_by_refits_is_forward_selection_on_the_objective(shape):
+    returned = 0
+    for seed, d, k in itertools.product(range(12), (5, 14), (1, 3, 6, 12)):
+        C, g = features(12, d, seed, shape)
+        index = Greedy("refit")(posed(C, g, k)).tolist()
+        expected = forward(C, g, k)
+        assert best_drop(C, g, index) == pytest.approx(best_drop(C, g, expected), rel=1e-9)
+        if len(expected) < d:  # beyond the rank several sets do
+            assert index == expected
+            returned += len(expected)
+    assert returned > 50
+
+
+def test_a_refit_sees_what_a_candidate_alone_does_not():
+    shares = []
+    for seed in range(60):
+        C, g = features(9, 12, seed, "common")
+        one, other = (best_drop(C, g, Greedy(gain)(posed(C, g, 3)).numpy()) for gain in GAINS)
+        shares.append(other / one if one else 1.0)
+    assert max(shares) > 1.001
+    assert np.mean(shares) >= 1.0
+
+
+@pytest.mark.parametrize("gain", GAINS)
+@pytest.mark.parametrize(("scale", "size"), [(1e-300, 1.0), (1.0, 1e300), (1e-150, 1e150), (1e290, 1e-290)])
+def test_greedy_at_the_ends_of_float64(gain, scale, size):
+    for seed in range(5):
+        C, g = features(9, 12, seed, "uneven")
+        K, b = torch.from_numpy(C.T @ C), torch.from_numpy(C.T @ g)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            far = Greedy(gain)(SelectionProblem(scale * K, size * b, 4))
+        assert far.tolist() == Greedy(gain)(SelectionProblem(K, b, 4)).tolist()
+
+
+def test_greedy_refuses_another_gain():
+    with pytest.raises(ConfigurationError, match="'alone', 'refit'"):
+        Greedy("most")
 
 
 # --- OMP ---
