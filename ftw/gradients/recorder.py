@@ -646,7 +646,7 @@ class Recorder:
         window.alignment = torch.zeros(0, dtype=torch.float64, device=self._anchor_device)
         for p in list(window.pieces):
             for i, piece in enumerate(window.pieces[p]):
-                self._drop(p, piece, earlier=i < self._mark[2].get(p, 0))
+                self._drop(p, piece, earlier=i < self._mark.pieces.get(p, 0))
             window.drop(p)
 
     def _make_room(self, tensors: Iterable[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -89,6 +89,17 @@ class Forward:
         return torch.where(owner >= 0, owner + layout.start, -1)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """How far a window was at the beginning of a block."""
+
+    count: int
+    forwards: int
+    pieces: Mapping[Parameter, int]  # how many
+    touched: frozenset[Parameter]
+    residual: Mapping[Parameter, Tensor]
+
+
 @dataclass
 class Window:
     """Candidates, pieces and gradient without an owner, of all blocks of `record()` since the last step."""
@@ -108,28 +119,27 @@ class Window:
         """Bytes that the window keeps alive."""
         return self.ledger.bytes
 
-    def mark(self) -> tuple[int, int, dict[Parameter, int]]:
+    def mark(self) -> Mark:
         """What `rewind` needs."""
-        return self.count, len(self.forwards), {p: len(kept) for p, kept in self.pieces.items()}
+        kept = {p: len(pieces) for p, pieces in self.pieces.items()}
+        return Mark(self.count, len(self.forwards), kept, frozenset(self.touched), dict(self.residual))
 
-    def rewind(self, mark: tuple[int, int, dict[Parameter, int]]) -> None:
+    def rewind(self, mark: Mark) -> None:
         """Forget what came after the mark."""
-        self.count, forwards, kept = mark
-        for forward in self.forwards[forwards:]:
+        self.count, self.touched, self.residual = mark.count, set(mark.touched), dict(mark.residual)
+        for forward in self.forwards[mark.forwards :]:
             self.ledger.remove(forward.tensors)
-        del self.forwards[forwards:]
-        if not forwards:
-            self.residual.clear()
+        del self.forwards[mark.forwards :]
         for p, pieces in self.pieces.items():
-            for piece in pieces[kept.get(p, 0) :]:
+            for piece in pieces[mark.pieces.get(p, 0) :]:
                 self.ledger.remove(tensors_of(piece))
-            del pieces[kept.get(p, 0) :]
+            del pieces[mark.pieces.get(p, 0) :]
         if self.alignment is not None:
             self.alignment = self.alignment[: self.count] if self.count else None
 
-    def since(self, mark: tuple[int, int, dict[Parameter, int]]) -> dict[Parameter, list[Piece]]:
+    def since(self, mark: Mark) -> dict[Parameter, list[Piece]]:
         """The pieces that came after the mark."""
-        return {p: pieces[mark[2].get(p, 0) :] for p, pieces in self.pieces.items()}
+        return {p: pieces[mark.pieces.get(p, 0) :] for p, pieces in self.pieces.items()}
 
     def wants(self, p: Parameter) -> bool:
         """Whether pieces of the parameter are recorded here."""

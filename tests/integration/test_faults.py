@@ -57,6 +57,35 @@ def one_step(selector: ftw.Selector, model: nn.Module, x: Tensor, **options: Any
     return selector.apply()
 
 
+class Branching(nn.Module):
+    """Two heads, one for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(6, 2, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor, head: int = 0) -> Tensor:
+        result: Tensor = self.heads[head](x)
+        return result
+
+
+def test_what_only_a_failed_block_reached_gets_no_gradient() -> None:
+    """A gradient of zero would have momentum and decay move it."""
+    model = Branching()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    selector = selector_for(model, optimizer)
+    one_step(selector, model, data())
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="broke off"), selector.record():
+        (model(data(), head=1) - 1.0).square().mean().backward()
+        raise RuntimeError("broke off")
+    selection = one_step(selector, model, data(seed=1))
+    assert selection.diagnostics["geometry"] == "curvature"
+    assert model.heads[0].weight.grad is not None
+    assert model.heads[1].weight.grad is None
+
+
 def held(selector: ftw.Selector) -> list[weakref.ref[Tensor]]:
     """The tensors that the window keeps for the candidates."""
     pieces = [piece for kept in selector._recorder.window.pieces.values() for piece in kept]
