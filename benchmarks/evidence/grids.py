@@ -35,7 +35,7 @@ QUICK = varied(
     pretrain_steps=20,
 )
 
-GRIDS = ("core", "axes", "approximate", "quick")
+GRIDS = ("core", "axes", "approximate", "causes", "quick")
 
 
 def grid(name: str, seeds: Sequence[int]) -> list[Cell]:
@@ -49,6 +49,9 @@ def _cells(name: str, seeds: Sequence[int]) -> Iterator[Cell]:
             yield from (Cell(method, target, seed, CORE) for target in CORE_TARGETS for method in methods.CORE)
         elif name == "approximate":
             yield from (Cell(method, "svamp", seed, CORE) for method in ("ours", *methods.APPROXIMATE))
+        elif name == "causes":
+            names = ("ours", "target_only", *methods.CAUSES)
+            yield from (Cell(method, target, seed, CORE) for target in AXIS_TARGETS for method in names)
         elif name == "quick":
             yield from (Cell(method, "svamp", seed, QUICK) for method in methods.CORE)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ftw.presets import PRESETS
@@ -28,6 +28,7 @@ class Method:
             there is more than one.
         representation: approximate form that the decision is made from (`representations.arguments`); "": exact.
         warm: trained first on the target samples alone, as `target_only` is, and stopped where dev says.
+        options: further arguments of the selector.
         budget: what data it touches, in words.
     """
 
@@ -38,11 +39,14 @@ class Method:
     offers_target: bool = False
     representation: str = ""
     warm: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     budget: str = ""
 
     def configuration(self) -> dict[str, Any]:
         """What is hashed: everything but the words, with the preset's components."""
         found = {name: value for name, value in asdict(self).items() if name != "budget"}
+        if not self.options:
+            del found["options"]
         if self.preset:
             preset = PRESETS[self.preset]
             texts = ("summary", "source", "needs")
@@ -103,4 +107,19 @@ APPROXIMATE: Mapping[str, Method] = {
 }
 """What deciding from approximate representations does to the loss."""
 
-METHODS: Mapping[str, Method] = {**CORE, **APPROXIMATE}
+CAUSES: Mapping[str, Method] = {
+    f"ours ({words})": Method("select", "ours", options=options, lr_factors=factors, budget=_SELECTED)
+    for words, options, factors in (
+        ("whole target", {"target_batches": "all"}, (1.0,)),
+        ("ema 0.8", {"ema": 0.8}, (1.0,)),
+        ("ridge 0.1", {"ridge": 0.1}, (1.0,)),
+        ("utility", {"objective": "utility"}, (1.0,)),
+        ("utility, adaptive trust", {"objective": "utility", "trust": "adaptive"}, (1.0,)),
+        ("relinearised", {"relinearise": True}, (1.0,)),
+        ("tuned", {}, LR_FACTORS),
+        ("whole target, tuned", {"target_batches": "all"}, LR_FACTORS),
+    )
+}
+"""What may hold `ours` back: noise of g, ill-posed weights, objective and trust, M's reference, the learning rate."""
+
+METHODS: Mapping[str, Method] = {**CORE, **APPROXIMATE, **CAUSES}

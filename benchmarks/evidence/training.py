@@ -220,6 +220,7 @@ class Selecting:
             preset=method.preset,
             seed=seed,
             **representations.arguments(method.representation),
+            **method.options,
         )
 
     def fill(self, step: int) -> Filled:
@@ -238,7 +239,8 @@ class Selecting:
                 if columns:  # read when the block ends
                     columns["loss"].extend(losses(output.logits.detach(), batch["labels"]))
                 (output.loss * (sum(row.response_tokens for row in part) / total)).backward()
-        target = len(self._batches[step % len(self._batches)])
+        whole = self._method.options.get("target_batches") == "all"
+        target = sum(map(len, self._batches)) if whole else len(self._batches[step % len(self._batches)])
         selection = self._selector.apply()
         status = str(selection.status)
         if self._tokens:

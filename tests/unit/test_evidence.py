@@ -269,6 +269,16 @@ def test_every_preset_named_by_a_method_exists_and_every_method_says_its_data() 
         assert not method.preset or method.preset in PRESETS
 
 
+def test_a_variant_is_another_cell_with_figures_of_its_own(folder: Path, tmp_path: Path) -> None:
+    plain, whole = (
+        cells.run_cell(Cell(method, "svamp", 0, TINY), folder, tmp_path) for method in ("ours", "ours (whole target)")
+    )
+    assert "options" not in plain["configuration"]["method"]  # so that no key changed when variants came
+    assert whole["key"] != plain["key"]
+    assert whole["figures"]["curve"]["test"] != plain["figures"]["curve"]["test"]
+    assert whole["figures"]["tuning"]["passed"] - plain["figures"]["tuning"]["passed"] == 4 * 4  # a second batch a step
+
+
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
