@@ -27,6 +27,7 @@ import ftw
 from ftw.errors import ConfigurationError, RecordingError
 from ftw.gradients.audit import first_tensor, refuse_packed
 from ftw.target import Target
+from ftw_integrations import states
 from ftw_integrations.lightning_step import TrainingStep
 from ftw_integrations.loop import owners, token_mean
 from ftw_integrations.metrics import Metrics
@@ -149,7 +150,7 @@ class SelectionCallback(_Callback):
             **self._arguments,
         )
         if self._state is not None:
-            self.selector.load_state_dict(self._state)
+            self.selector.load_state_dict(states.own(self._state))
             self._state = None
         self._recorded = False
         self._metrics.take()
@@ -286,9 +287,11 @@ class SelectionCallback(_Callback):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The selector's, plain data; within a window that of its begin, as Lightning saves no gradients either."""
+        """The selectors' of all processes, plain data; within a window those of its begin, as Lightning saves no
+        gradients either. Collective, as Lightning's saving is.
+        """
         if self.selector is not None:
-            return self.selector.state_dict(within_window=True)
+            return states.gathered(self.selector.state_dict(within_window=True))
         return {} if self._state is None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

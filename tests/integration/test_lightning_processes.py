@@ -6,11 +6,12 @@ This file is the program of those processes as well; see `tests.gloo`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ftw
 from tests.gloo import needs_gloo, run, serve
@@ -18,24 +19,35 @@ from tests.models import lora_llama, tiny_llama
 
 pytest.importorskip("lightning", reason="the integration is for its Trainer")
 
+import lightning.pytorch as pl
 from ftw_integrations.lightning import SelectionCallback, token_mean
 
-from tests.lightning_runs import CHOOSING, EVERYTHING, TARGET, Module, fit, single, stream
+from tests.lightning_runs import CHOOSING, EVERYTHING, TARGET, Module, loader, single, stream, trainer
 
 pytestmark = needs_gloo
 
 STEPS = 5
 TWO: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+ONE_BATCH: dict[str, Any] = {"accumulate_grad_batches": 1}
 MAKE: dict[str, Any] = {"full": tiny_llama, "lora": lora_llama}
 
 
-def fitted(kind: str, chosen: dict[str, Any] | None, data: list[Any], folder: Path, **changed: Any) -> dict[str, Any]:
+def fitted(
+    kind: str,
+    chosen: dict[str, Any] | None,
+    data: list[Any],
+    folder: Path,
+    *,
+    more: Sequence[Any] = (),
+    resume: Path | None = None,
+    **changed: Any,
+) -> dict[str, Any]:
     made: list[ftw.Selection] = []
-    callbacks = []
+    callbacks = [*more]
     if chosen is not None:
-        callbacks = [SelectionCallback(TARGET, mass=token_mean, told=made.append, **chosen)]
+        callbacks.append(SelectionCallback(mass=token_mean, told=made.append, **{"target": TARGET, **chosen}))
     module = Module(single(MAKE[kind]))
-    fit(folder, module, data, *callbacks, max_steps=STEPS, **changed)
+    trainer(folder, *callbacks, max_steps=STEPS, **changed).fit(module, loader(data), ckpt_path=resume)
     numbers = [x for p in module.parameters() if p.requires_grad for x in p.detach().flatten().tolist()]
     return {"parameters": numbers, "weights": [selection.weights.tolist() for selection in made]}
 
@@ -50,7 +62,32 @@ def trainers(rank: int) -> dict[str, Any]:
     return found
 
 
-SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"trainers": trainers}
+def resumed(rank: int) -> dict[str, Any]:
+    """A run that goes on from its third step: what each remembers of its own target decides the fourth."""
+    folder = Path(sys.argv[4]) / "checkpoints"
+    chosen = {
+        "budget": 3,
+        "warmup": 2,
+        "refresh": 2,
+        "ema": 0.3,
+        "pool": "local",
+        "target": stream(3, 1000 * (1 + rank)),
+    }
+    own = stream(2 * STEPS)[rank::2]
+    saving = pl.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=3)
+    whole = fitted("lora", chosen, own, folder, more=[saving], enable_checkpointing=True, **ONE_BATCH, **TWO)
+    checkpoint = folder / "step=3.ckpt"
+    again = fitted("lora", chosen, own[3:], folder, resume=checkpoint, **ONE_BATCH, **TWO)
+    saved = torch.load(checkpoint, weights_only=True)["callbacks"]["SelectionCallback"]["processes"]
+    return {
+        "parameters": again["parameters"] == whole["parameters"],
+        "weights": again["weights"] == whole["weights"][3:],
+        "steps": len(again["weights"]),
+        "saved": [state["step"] for state in saved],
+    }
+
+
+SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"trainers": trainers, "resumed": resumed}
 
 
 @pytest.mark.slow
@@ -67,6 +104,12 @@ def test_two_processes_are_one_with_the_whole_pool(tmp_path: Path) -> None:
         for mine, theirs in zip(alone["weights"], found[f"chosen, {kind}"]["weights"], strict=True):
             assert [theirs[order.index(i)] for i in range(12)] == pytest.approx(mine, abs=2e-3)
         assert found[f"chosen, {kind}"]["parameters"] == pytest.approx(alone["parameters"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bitwise(tmp_path: Path) -> None:
+    for found in run(__file__, "resumed", tmp_path):
+        assert found == {"parameters": True, "weights": True, "steps": STEPS - 3, "saved": [3, 3]}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ftw
+from ftw.errors import ConfigurationError
 from tests.models import lora_llama, tiny_llama
 
 pytest.importorskip("lightning", reason="the integration is for its Trainer")
@@ -141,6 +142,17 @@ def test_the_state_in_a_checkpoint_is_plain_data(tmp_path: Path) -> None:
     resumable(tmp_path, "lora")
     checkpoint = torch.load(tmp_path / "step=5.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["SelectionCallback"]["step"] == 5
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(tmp_path: Path) -> None:
+    resumable(tmp_path, "lora")
+    path = tmp_path / "step=5.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["callbacks"]["SelectionCallback"]
+    checkpoint["callbacks"]["SelectionCallback"] = {"processes": [state, state]}
+    torch.save(checkpoint, path)
+    with pytest.raises(ConfigurationError, match=r"states of 2 process\(es\) and this run has 1"):
+        resumable(tmp_path, "lora", resume=str(path))
 
 
 def test_a_checkpoint_without_the_state_is_named(tmp_path: Path) -> None:
