@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint bench evidence evidence-context clean
+.PHONY: help install demo test test-slow lint bench evidence evidence-context clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,11 +32,11 @@ demo: $(INSTALLED) ## fine-tune on an embedded mixture: ours against random and 
 # loadgroup: tests that share one costly set-up, such as the built wheels, stay in one process.
 PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-test: $(INSTALLED) ## every test, the slow ones included (JOBS=2, ARGS='-k name')
-	$(PYTEST) $(ARGS)
-
-test-fast: $(INSTALLED) ## the tests without the slow ones
+test: $(INSTALLED) ## the tests, but for the slow ones (JOBS=2, ARGS='-k name')
 	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(INSTALLED) ## those that take more than a few seconds: several processes, killed runs, statistics
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(INSTALLED) ## style, format and types
 	$(BIN)/ruff check .
