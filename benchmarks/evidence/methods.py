@@ -112,6 +112,7 @@ CAUSES: Mapping[str, Method] = {
     for words, options, factors in (
         ("whole target", {"target_batches": "all"}, (1.0,)),
         ("ema 0.8", {"ema": 0.8}, (1.0,)),
+        ("cap 2", {"cap": 2.0}, (1.0,)),  # with a budget of 4 the default, 4 times the mean, binds nothing
         ("ridge 0.1", {"ridge": 0.1}, (1.0,)),
         ("utility", {"objective": "utility"}, (1.0,)),
         ("utility, adaptive trust", {"objective": "utility", "trust": "adaptive"}, (1.0,)),
