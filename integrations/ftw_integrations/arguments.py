@@ -16,6 +16,7 @@ from ftw.processes.setting import POOLS
 from ftw.selector import NOTHING_USEFUL
 from ftw.solvers.constraints import CappedCone
 from ftw.target import check_schedule
+from ftw.watching import DecisionLog
 
 _COMPONENTS = {
     "filter": ("filters", None),
@@ -70,6 +71,9 @@ class SelectionArguments:
     relinearise: bool = _help(False, "Decide twice, the second time with the second moment that the first gives.")
     watch: int = _help(0, "Every how many steps prediction and step are compared; 0 is never.")
     pool: str = _help("global", "With several processes: candidates of all together (global), or each alone (local).")
+    log: str | None = _help(None, "Decision log: a .jsonl file, or a folder for one. Default: none is written.")
+    log_bytes: int = _help(64 << 20, "Bytes that the decision log may grow to.")
+    log_text: int = _help(200, "Characters of each sample's text in the decision log; 0 for none.")
     check: bool = _help(True, "Audit the first window.")
     seed: int = _help(0, "Of filters that draw at random.")
 
@@ -99,6 +103,14 @@ class SelectionArguments:
         one_of("uncovered", self.uncovered, UNCOVERED)
         one_of("residual", self.residual, RESIDUALS)
         one_of("pool", self.pool, POOLS)
+        if self.log is None:
+            for name, default in (("log_bytes", 64 << 20), ("log_text", 200)):
+                if getattr(self, name) != default:
+                    raise ConfigurationError(
+                        f"{name} is {getattr(self, name)!r}, and there is no log; it says how one is written; give "
+                        "log='runs/mine' as well, or leave it out."
+                    )
+        self._log()
         counts = {"target_batch_size": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
         for name, least in counts.items():
             value = getattr(self, name)
@@ -113,7 +125,12 @@ class SelectionArguments:
 
     def for_selector(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`, the target and its loss left out."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "target_batch_size"}
+        own = ("target_batch_size", "log_bytes", "log_text")
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
+        return given | {"log": self._log()}
+
+    def _log(self) -> DecisionLog | None:
+        return None if self.log is None else DecisionLog(self.log, max_bytes=self.log_bytes, text=self.log_text)
 
 
 def _number(name: str, given: Any, word: str | None = None) -> Any:
