@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from ftw import presets, registry
@@ -37,6 +37,9 @@ class SelectionArguments:
     """What is chosen and how: arguments of `ftw.Selector` of the same names, and how the target is batched.
 
     Where a name is asked for, a class or an instance does as well, from Python.
+
+    Args:
+        seed: another name of `selection_seed`, and wins over it. Not on a command line, where it is the trainer's.
 
     Raises:
         ConfigurationError, UnknownComponentError: a value that is not allowed.
@@ -75,9 +78,12 @@ class SelectionArguments:
     log_bytes: int = _help(64 << 20, "Bytes that the decision log may grow to.")
     log_text: int = _help(200, "Characters of each sample's text in the decision log; 0 for none.")
     check: bool = _help(True, "Audit the first window.")
-    seed: int = _help(0, "Of filters that draw at random.")
+    selection_seed: int = _help(0, "Of filters that draw at random; seed= from Python.")
+    seed: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, seed: int | None) -> None:
+        if seed is not None:
+            self.selection_seed = seed
         self.budget = _number("budget", self.budget)
         self.trust = _number("trust", self.trust, "adaptive")
         self.target_batches = _number("target_batches", self.target_batches, "all")
@@ -104,11 +110,11 @@ class SelectionArguments:
         one_of("residual", self.residual, RESIDUALS)
         one_of("pool", self.pool, POOLS)
         if self.log is None:
-            for name, default in (("log_bytes", 64 << 20), ("log_text", 200)):
-                if getattr(self, name) != default:
+            for each in fields(self):
+                if each.name in ("log_bytes", "log_text") and getattr(self, each.name) != each.default:
                     raise ConfigurationError(
-                        f"{name} is {getattr(self, name)!r}, and there is no log; it says how one is written; give "
-                        "log='runs/mine' as well, or leave it out."
+                        f"{each.name} is {getattr(self, each.name)!r}, and there is no log; it says how one is "
+                        "written; give log='runs/mine' as well, or leave it out."
                     )
         self._log()
         counts = {"target_batch_size": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
@@ -125,9 +131,9 @@ class SelectionArguments:
 
     def for_selector(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`, the target and its loss left out."""
-        own = ("target_batch_size", "log_bytes", "log_text")
+        own = ("target_batch_size", "log_bytes", "log_text", "selection_seed")
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
-        return given | {"log": self._log()}
+        return given | {"log": self._log(), "seed": self.selection_seed}
 
     def _log(self) -> DecisionLog | None:
         return None if self.log is None else DecisionLog(self.log, max_bytes=self.log_bytes, text=self.log_text)

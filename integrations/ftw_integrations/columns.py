@@ -5,17 +5,19 @@ No trainer is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
-from ftw.watching.entries import NAMES
+from ftw.watching.entries import NAMES, label
 
-__all__ = ["COLUMNS", "NAMES", "KeepColumns", "texts_of"]
+__all__ = ["COLUMNS", "KeepColumns", "SteadyColumns", "is_dispatched", "logged_names", "texts_of"]
 
 COLUMNS = "ftw_columns"
-"""Key of a batch under which its samples' columns stand."""
+"""Key of a batch under which its samples' columns stand, name -> one entry a sample."""
 
 
 class KeepColumns:
@@ -35,13 +37,59 @@ class KeepColumns:
             return self.collator(features)
         found = [name for name in self.names if any(name in each for each in features)]
         # Taken before the collator runs, which may empty them.
-        columns = {name: [_plain(each.get(name)) for each in features] for name in found}
+        columns = {name: [label(each.get(name)) for each in features] for name in found}
         if self.drop and found:
             features = [{name: value for name, value in each.items() if name not in found} for each in features]
         batch = self.collator(features)
-        if found:
+        if found and isinstance(batch, MutableMapping):
             batch[COLUMNS] = columns
         return batch
+
+
+class SteadyColumns:
+    """The columns of a run's first micro-batch in each, as `Selector.record` needs them, whatever the data hold."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] | None = None
+        self._passed_over: set[str] = set()
+
+    def __call__(self, found: Mapping[str, list[Any]], count: int, longest: int) -> dict[str, list[Any]]:
+        """Those of `count` candidates, None where they are not known, no text longer than `longest` characters."""
+        columns = dict(found)
+        if "text" in columns:  # what the log would cut is not sent to other processes either
+            columns["text"] = [None if text is None else str(text)[:longest] for text in columns["text"]]
+        if self._names is None:
+            self._names = tuple(columns)
+        late = columns.keys() - self._names - self._passed_over
+        if late:
+            self._passed_over |= late
+            warnings.warn(
+                f"the first samples have no {' and no '.join(sorted(late))}, as later ones do; the decision log goes "
+                "by the first and leaves it out; give it to all samples, as None where it is not known.",
+                stacklevel=2,
+            )
+        return {name: columns.get(name, [None] * count) for name in self._names}
+
+
+def logged_names(longest: int) -> list[str]:
+    """Columns that go to the log where it keeps `longest` characters of each text."""
+    return [name for name in NAMES if longest or name != "text"]
+
+
+def is_dispatched(accelerator: Any, dataset: Any) -> bool:
+    """Whether one process loads the batches of several, and nothing but tensors reaches the others; warns if so."""
+    dispatched = accelerator.dispatch_batches
+    if dispatched is None:
+        dispatched = isinstance(dataset, IterableDataset)
+    if not dispatched or accelerator.num_processes == 1:
+        return False
+    warnings.warn(
+        "one process loads the batches of all, and nothing but tensors reaches the others: the decision log does "
+        "without the dataset's columns; give TrainingArguments(accelerator_config={'dispatch_batches': False}) if each "
+        "process can read its own part.",
+        stacklevel=2,
+    )
+    return True
 
 
 def texts_of(tokenizer: Any, ids: Tensor, mask: Tensor | None, candidates: Tensor | None, longest: int) -> list[str]:
@@ -62,7 +110,3 @@ def texts_of(tokenizer: Any, ids: Tensor, mask: Tensor | None, candidates: Tenso
         rows = [(row if seen is None else row[seen[i]])[:longest] for i, row in enumerate(ids) if kept[i]]
     texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return texts
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value

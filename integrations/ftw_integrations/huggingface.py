@@ -25,7 +25,7 @@ import ftw
 from ftw.errors import ConfigurationError, TargetError
 from ftw.target import model_loss
 from ftw_integrations.arguments import SelectionArguments
-from ftw_integrations.columns import COLUMNS, NAMES, KeepColumns, texts_of
+from ftw_integrations.columns import COLUMNS, KeepColumns, SteadyColumns, is_dispatched, logged_names, texts_of
 from ftw_integrations.metrics import Metrics
 
 __all__ = ["SelectionArguments", "SelectionTrainer", "SelectionTrainerMixin"]
@@ -74,7 +74,7 @@ class SelectionTrainerMixin(_Base):
         self.selection: ftw.Selection | None = None
         self._selector_state: dict[str, Any] | None = None
         self._metrics_of_selection = Metrics()
-        self._logged_names: tuple[str, ...] | None = None
+        self._steady = SteadyColumns()
         super().__init__(*args, **kwargs)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded or self.args.n_gpu > 1:
@@ -151,7 +151,7 @@ class SelectionTrainerMixin(_Base):
         data = self._target_dataset
         collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._selection_arguments.seed)
+            torch.manual_seed(self._selection_arguments.selection_seed)
             starts = range(0, len(data), size)
             return [collate([data[i] for i in range(at, min(at + size, len(data)))]) for at in starts]
 
@@ -195,12 +195,12 @@ class SelectionTrainerMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader:
         """The trainer's own; for the log, its batches carry the columns that the model is not to see."""
-        if self._selection_arguments.log is None:
-            return super().get_train_dataloader()
         own: Any = self
+        if self._selection_arguments.log is None or is_dispatched(self.accelerator, self.train_dataset):
+            return super().get_train_dataloader()
         own._set_signature_columns_if_needed()
         collator, seen = own.data_collator, own._signature_columns
-        names = [name for name in NAMES if name not in seen]
+        names = [name for name in logged_names(self._selection_arguments.log_text) if name not in seen]
         own.data_collator = KeepColumns(collator, names, drop=self.args.remove_unused_columns)
         own._signature_columns = [*seen, *names]
         try:
@@ -226,15 +226,13 @@ class SelectionTrainerMixin(_Base):
     def _logged(
         self, columns: Mapping[str, list[Any]], inputs: Mapping[str, Any], candidates: Tensor | None, used: Tensor
     ) -> dict[str, list[Any]]:
-        """What the log calls the candidates of a micro-batch: the same columns in each, whatever the data hold."""
-        kept = used.nonzero().flatten().tolist()
+        """What the log calls the candidates of a micro-batch."""
+        kept, longest = used.nonzero().flatten().tolist(), self._selection_arguments.log_text
         found = {name: [each[i] for i in kept] for name, each in columns.items() if len(each) == len(used)}
-        if self._selection_arguments.log_text and "text" not in found:
+        if longest and "text" not in found:
             texts = self.candidate_texts(inputs, candidates)
             found |= {} if texts is None else {"text": texts}
-        if self._logged_names is None:
-            self._logged_names = tuple(found)
-        return {name: found.get(name, [None] * len(kept)) for name in self._logged_names}
+        return self._steady(found, len(kept), longest)
 
     # -- metrics and checkpoints -----------------------------------------------------------------------------------
 
@@ -291,7 +289,8 @@ class _Windows(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()
-        self._trainer.selector = self._trainer.selection = self._trainer._logged_names = None
+        self._trainer.selector = self._trainer.selection = None
+        self._trainer._steady = SteadyColumns()
         self._trainer._metrics_of_selection.take()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:

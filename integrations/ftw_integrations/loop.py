@@ -52,7 +52,8 @@ def attach(
         candidates: keyword arguments of a forward -> whose each row or token is, as in `Selector.record`:
             `ftw.packed_candidates` for packed rows, the same number for the rows of a preference pair.
         extras: keyword arguments of a forward -> what else is known of its candidates, one entry each, as in
-            `Selector.record`: for filters, and "id", "source" and "text" for the decision log (`log=`).
+            `Selector.record`: for filters, and "id", "source" and "text" for the decision log (`log=`). The model sees
+            nothing of it: what is no argument of the forward, the loop's own variables know (docs/watching.md).
         max_grad_norm: clip what was selected to this norm. The loop's own clipping comes before the optimizer's step
             and so before the selection: there is no gradient yet that it could clip, and it has no effect.
         told: called with the selection of every step.
@@ -87,6 +88,19 @@ def owners(mass: Tensor) -> tuple[Tensor, Tensor | None]:  # (rows,) -> (n,), (r
     if not bool(nobody.any()):
         return mass, None
     return mass[~nobody], ((~nobody).cumsum(0) - 1).masked_fill(nobody, -1)
+
+
+def of_candidates(columns: Mapping[str, Any], owner: Tensor | None) -> dict[str, list[Any]]:
+    """Columns with an entry for each row, without those of the rows that `owners` says are nobody's."""
+    listed = {
+        name: column.detach().cpu().tolist() if isinstance(column, Tensor) else list(column)
+        for name, column in columns.items()
+    }
+    kept = [] if owner is None else (owner >= 0).tolist()
+    return {
+        name: [entry for entry, keep in zip(column, kept, strict=True) if keep] if len(column) == len(kept) else column
+        for name, column in listed.items()
+    }
 
 
 class Attached:
@@ -158,9 +172,12 @@ class Attached:
             return
         owner = None if self._candidates_of is None else self._candidates_of(kwargs)
         mass = None if self._mass_of is None else self._mass_of(kwargs)
+        columns: Mapping[str, Any] = {} if self._columns_of is None else self._columns_of(kwargs)
         if mass is not None and owner is None:
             mass, owner = owners(mass)
-        columns = {} if self._columns_of is None else self._columns_of(kwargs)
+            columns = of_candidates(columns, owner)
+        else:
+            columns = of_candidates(columns, None)
         if self._block is None:
             self._masses, self._mapped = [], owner is not None
             self._columns = {name: [] for name in columns}
@@ -168,6 +185,11 @@ class Attached:
                 mass=None if mass is None else self._masses, candidates=owner, extras=self._columns
             )
             self._during(self._block.__enter__)
+        elif columns.keys() != self._columns.keys():
+            raise ConfigurationError(
+                f"extras are {sorted(columns)} of this forward and {sorted(self._columns)} of the one before it in the "
+                "same block; filters and the log need them of all candidates; return the same names each time."
+            )
         elif self._mapped or owner is not None:
             raise RecordingError(
                 "a forward began before the backward of the one before it, and one of the two has rows or tokens that "
@@ -177,7 +199,7 @@ class Attached:
         if mass is not None:
             self._masses.extend(mass.tolist())
         for name, column in columns.items():
-            self._columns.setdefault(name, []).extend(column)
+            self._columns[name].extend(column)
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._block is None or self._busy or not torch.is_grad_enabled():

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from ftw.errors import ConfigurationError
 from ftw.watching import Entry, read_log
+from ftw.watching.entries import NAMES
 from ftw.watching.log import NAME
 
 pytest.importorskip("transformers", reason="the integration is for its Trainer")
@@ -22,6 +25,7 @@ pytest.importorskip("peft", reason="adapters come from it")
 pytest.importorskip("datasets", reason="what Trainer removes columns from")
 
 import datasets
+from ftw_integrations.columns import is_dispatched
 from ftw_integrations.huggingface import SelectionArguments, SelectionTrainer
 from transformers import HfArgumentParser, TrainerCallback
 
@@ -97,7 +101,10 @@ def test_samples_are_named_by_the_datasets_columns(pool: str, tmp_path: Path) ->
 
 def collate_all(features: list[dict[str, Any]]) -> dict[str, Any]:
     assert all({"id", "source", "text"} <= each.keys() for each in features)  # as without a log
-    return {name: torch.stack([torch.as_tensor(each[name]) for each in features]) for name in ("input_ids", "attention_mask", "labels")}
+    return {
+        name: torch.stack([torch.as_tensor(each[name]) for each in features])
+        for name in ("input_ids", "attention_mask", "labels")
+    }
 
 
 def test_training_and_evaluation_are_the_same_with_and_without(tmp_path: Path) -> None:
@@ -188,6 +195,41 @@ def test_a_column_that_only_some_samples_have(tmp_path: Path) -> None:
     entries = list(read_log(tmp_path / NAME))
     assert entries[0].columns["source"][:2] == ["source 0", "source 1"]
     assert all("source" not in entry.columns for entry in entries[1:])
+
+
+def test_a_column_that_comes_late_is_left_out_and_said_so_once(tmp_path: Path) -> None:
+    rows = named(POOL, 1)
+    for row in rows[:8]:
+        del row["source"]
+    trainer = trainer_of(tmp_path, rows, tmp_path)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    with pytest.warns(UserWarning, match="the first samples have no source") as warned:
+        trainer.train()
+    assert sum("first samples" in str(each.message) for each in warned) == 1
+    assert [set(entry.columns) & {*NAMES} for entry in read_log(tmp_path / NAME)] == [{"id", "text"}] * 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_batches_that_one_process_loads_for_several_carry_tensors_alone(streamed: bool) -> None:
+    pool: Any = datasets.Dataset.from_list([{"id": 1}])
+    for processes, asked in ((1, True), (2, False), (2, None), (2, True)):
+        accelerator = SimpleNamespace(num_processes=processes, dispatch_batches=asked)
+        dispatched = processes == 2 and (asked or (asked is None and streamed))
+        context = pytest.warns(UserWarning, match="'dispatch_batches': False") if dispatched else nullcontext()
+        with context:
+            assert is_dispatched(accelerator, pool.to_iterable_dataset() if streamed else pool) == dispatched
+
+
+def test_whatever_the_columns_hold_is_named(tmp_path: Path) -> None:
+    rows = named(POOL, 1)
+    for i, row in enumerate(rows):
+        row |= {"id": torch.tensor([i, i + 1]), "source": [None, 0.5, ("a", 1)][i % 3]}
+    trainer = trainer_of(tmp_path, rows, tmp_path)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    first = next(read_log(tmp_path / NAME)).columns
+    assert first["id"][:2] == ["tensor([0, 1])", "tensor([1, 2])"]
+    assert first["source"][:3] == [None, "0.5", "('a', 1)"]
 
 
 def test_training_twice_begins_the_log_anew(tmp_path: Path) -> None:
