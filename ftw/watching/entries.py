@@ -19,6 +19,9 @@ from ftw.fidelity import Fidelity
 from ftw.problem import Selection
 
 VERSION = 1
+BEGIN = b'{"ftw_decisions":'
+"""Of every log, whatever its version."""
+
 LONGEST = 1 << 22
 """Bytes of the longest line; a reader never holds more of a file than one."""
 
