@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -53,7 +54,8 @@ def write_page(digest: Digest, path: Path) -> None:
         part.write_bytes(written)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise ConfigurationError(
             f"cannot write the page to {path}: {error.strerror}; a file is needed; choose another with --out."
         ) from error

@@ -15,7 +15,8 @@ USEFULNESS = (
     "A sample's usefulness in a step is its alignment there: how far one unit of its weight is predicted to lower the "
     "target's loss, to first order. As its scale changes from step to step, it is given as a multiple of the mean size "
     "of all alignments in that step, and averaged over the steps that the sample was on offer in. 1 is as much as "
-    "candidates have at the mean, 0 nothing; below 0 the sample was predicted to raise the target's loss."
+    "candidates have at the mean, 0 nothing; below 0 the sample was predicted to raise the target's loss. "
+    "A mean of one or two steps says little."
 )
 
 
@@ -31,6 +32,8 @@ def facts(digest: Digest) -> list[tuple[str, str]]:
     ]
     if digest.watched:
         found.append(("realised / predicted drop, median", number(median_ratio(digest))))
+    if digest.kkt_residual.count:
+        found.append(("KKT residual, largest", number(digest.kkt_residual.largest)))
     if digest.samples:
         found.append(("different samples on offer", f"{len(digest.samples)}"))
     return found
@@ -46,7 +49,7 @@ def faults(digest: Digest) -> list[tuple[str, int, str]]:
         (
             "steps that were not made",
             digest.decisions[False],
-            "A GradScaler skipped the step, or the loop never called for it; none of the other figures counts it.",
+            "A GradScaler skipped the step, or the loop never called for it. Nothing but its status is counted.",
         )
     )
     found.append(
