@@ -24,7 +24,7 @@ def facts(digest: Digest) -> list[tuple[str, str]]:
     """What the run amounts to: (name, value)."""
     made, overall = digest.decisions[True], digest.overall
     found = [
-        ("steps", f"{made}" if made < 2 else f"{made}, {digest.first} to {digest.last}"),
+        ("steps", f"{made}" if made == digest.last else f"{made}, {digest.first} to {digest.last}"),
         ("candidates a step", number(digest.candidates / made if made else math.nan)),
         ("chosen a step", number(overall.chosen / made if made else math.nan)),
         ("effective sample size, mean", number(overall.sizes.mean)),

@@ -306,7 +306,7 @@ BARE = {"effective_sample_size": None, "predicted_drop": None, "columns": {}}
         ([entry(1)], ["No step was watched", "x 66.7% 100.0% 1.5"]),
         ([entry(1, columns={k: v for k, v in entry(1).columns.items() if k != "id"})], ["log has no ids"]),
         ([entry(1, predicted_drops={"maths": 0.25, "code": None})], ["maths 0.25 0.25 0.25", "code - - -"]),
-        ([entry(1), entry(10**9)], ["1 to 1000000000"]),
+        ([entry(1), entry(10**9)], ["steps 2, 1 to 1000000000"]),
         (
             [
                 entry(i, predicted_drop=drop, fidelity={"predicted_drop": drop, "realised_drop": -drop})
@@ -344,7 +344,13 @@ def test_the_terminal_needs_no_page_and_no_matplotlib(
     assert cli.main(["report", str(tmp_path), "--terminal"]) == 0
     said = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
-    for each in ("steps", "1 to 2", "66.7% 100.0%", "text c", "status inaccurate", "candidates quarantined"):
+    for each in (
+        "  steps                        2",
+        "66.7% 100.0%",
+        "text c",
+        "status inaccurate",
+        "candidates quarantined",
+    ):
         assert each in said
     assert max(map(len, said.splitlines()[1:])) <= 120
     assert cli.main(["report", str(tmp_path)]) == 2
