@@ -18,7 +18,7 @@ from ftw.watching.log import NAME
 MOST = 50
 """Intervals of steps that figures over time are made of, at most."""
 
-WATCHED = 2000
+WATCHED = 500
 """Watched steps that are kept one by one, at most."""
 
 Name = str | int | None

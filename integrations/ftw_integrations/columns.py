@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from ftw.watching.entries import NAMES, label
 
-__all__ = ["COLUMNS", "KeepColumns", "SteadyColumns", "is_dispatched", "logged_names", "texts_of"]
+__all__ = ["COLUMNS", "NAMES", "KeepColumns", "SteadyColumns", "is_dispatched", "texts_of"]
 
 COLUMNS = "ftw_columns"
 """Key of a batch under which its samples' columns stand, name -> one entry a sample."""
@@ -69,11 +69,6 @@ class SteadyColumns:
                 stacklevel=2,
             )
         return {name: columns.get(name, [None] * count) for name in self._names}
-
-
-def logged_names(longest: int) -> list[str]:
-    """Columns that go to the log where it keeps `longest` characters of each text."""
-    return [name for name in NAMES if longest or name != "text"]
 
 
 def is_dispatched(accelerator: Any, dataset: Any) -> bool:

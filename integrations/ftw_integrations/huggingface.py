@@ -25,7 +25,7 @@ import ftw
 from ftw.errors import ConfigurationError, TargetError
 from ftw.target import model_loss
 from ftw_integrations.arguments import SelectionArguments
-from ftw_integrations.columns import COLUMNS, KeepColumns, SteadyColumns, is_dispatched, logged_names, texts_of
+from ftw_integrations.columns import COLUMNS, NAMES, KeepColumns, SteadyColumns, is_dispatched, texts_of
 from ftw_integrations.metrics import Metrics
 
 __all__ = ["SelectionArguments", "SelectionTrainer", "SelectionTrainerMixin"]
@@ -200,7 +200,7 @@ class SelectionTrainerMixin(_Base):
             return super().get_train_dataloader()
         own._set_signature_columns_if_needed()
         collator, seen = own.data_collator, own._signature_columns
-        names = [name for name in logged_names(self._selection_arguments.log_text) if name not in seen]
+        names = [name for name in NAMES if name not in seen]
         own.data_collator = KeepColumns(collator, names, drop=self.args.remove_unused_columns)
         own._signature_columns = [*seen, *names]
         try:
