@@ -2,6 +2,7 @@
 
     python examples/hf_lora.py
     python examples/hf_lora.py --steps 60 --budget 0.5 --filter topk      # any of SelectionArguments
+    python examples/hf_lora.py --log runs/lora --watch 5 && ftw report runs/lora
 
 Generated data, a small Llama built on the spot, nothing downloaded; under a minute on two cores.
 """
@@ -27,8 +28,12 @@ class ExampleArguments:
     pretrain_steps: int = field(default=60, metadata={"help": "Steps that make the model which is fine-tuned."})
 
 
-def rows(encoded: list[Row]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded]
+def rows(encoded: list[Row]) -> list[dict[str, Any]]:
+    """The model's inputs, and what the decision log calls the samples."""
+    return [
+        {"input_ids": row.input_ids, "labels": row.labels, "id": number, "source": row.source}
+        for number, row in enumerate(encoded)
+    ]
 
 
 def main(command_line: list[str] | None = None) -> dict[str, float]:
@@ -61,6 +66,7 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
                 "train_dataset": pool,
                 "eval_dataset": test,
                 "data_collator": DataCollatorForSeq2Seq(tokenizer),
+                "processing_class": tokenizer,  # decodes texts for the log
             }
             if name == "selected":
                 trainer = SelectionTrainer(**common, target_dataset=target, selection=selection)

@@ -1,4 +1,4 @@
-"""The command line: `ftw run`, `ftw demo`, `ftw list`. Parses options; the work is in `ftw.experiment`.
+"""The command line: `ftw run`, `ftw demo`, `ftw report`, `ftw list`. Parses options; the work is elsewhere.
 
 Whatever the user got wrong ends as one line on stderr and exit code 2; an interrupt ends with 130, and a reader of the
 output that has seen enough (`ftw list | head`) with 141, as other commands end then.
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _list()
         elif arguments.command == "demo":
             _demo(arguments)
+        elif arguments.command == "report":
+            _report(arguments)
         else:
             _run(arguments)
         sys.stdout.flush()  # here, where a pipe that was closed can still be caught
@@ -56,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ftw", description="Filter-then-Weight: choose and reweight the samples of every step.")
     parser.add_argument("--version", action="version", version=f"ftw {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,run,list}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,run,report,list}")
     demo = commands.add_parser("demo", help="compare methods on generated data; needs no file and no network")
     _add_common(demo, steps=60, seeds=(0, 1, 2), max_length=192)
     run = commands.add_parser("run", help="fine-tune on JSONL files and compare methods on the same stream")
@@ -65,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--eval", type=Path, metavar="FILE", help="JSONL file to compare on; else part of the target")
     run.add_argument("--model", default="tiny", help="'tiny' or a local Hugging Face folder with its tokenizer")
     _add_common(run, steps=200, seeds=(0,), max_length=384)
+    report = commands.add_parser("report", help="a page and a summary of what a run decided, from its decision logs")
+    report.add_argument("log", type=Path, metavar="RUN", help="what the run had as log=: a folder, or a .jsonl file")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the folder)")
+    report.add_argument("--terminal", action="store_true", help="no page, the summary alone")
     commands.add_parser("list", help="registered components and the methods to compare")
     return parser
 
@@ -149,6 +155,23 @@ def _run(arguments: argparse.Namespace) -> None:
 
     out = arguments.out or Path("runs") / time.strftime("run-%Y%m%d-%H%M%S")
     job.run(_options(arguments, out), arguments.pool, arguments.target, arguments.eval)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ftw.watching import report
+    from ftw.watching.digest import digest
+    from ftw.watching.summary import terminal
+
+    if arguments.terminal and arguments.out is not None:
+        raise ConfigurationError("--terminal writes no page, and --out names one; give one of the two.")
+    found = digest(arguments.log)
+    if not arguments.terminal:
+        path = arguments.out or report.default_path(arguments.log)
+        report.write_page(found, path)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(terminal(found).encode(encoding, "replace").decode(encoding))
+    if not arguments.terminal:
+        print(f"\nThe page is {path}")
 
 
 def _list() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,9 @@ from ftw.fidelity import Fidelity
 from ftw.problem import Selection
 
 VERSION = 1
+BEGIN = b'{"ftw_decisions":'
+"""Of every log, whatever its version."""
+
 LONGEST = 1 << 22
 """Bytes of the longest line; a reader never holds more of a file than one."""
 
@@ -119,7 +123,7 @@ def entry_of(
         for name in NAMES:
             column = columns.get(name, ())
             if len(column) == len(selection.weights) and any(value is not None for value in column):
-                listed[name] = [_label(value) for value in column]
+                listed[name] = [label(value) for value in column]
         if "text" in listed:
             listed["text"] = [None if text is None else str(text)[:characters] for text in listed["text"]]
         if not characters:
@@ -140,6 +144,14 @@ def entry_of(
         predicted_drops=None if drops is None else {str(name): _finite(drop) for name, drop in drops.items()},
         columns=listed,
     )
+
+
+def label(value: Any) -> str | int | None:
+    """What names a candidate, as JSON has it; a tensor or array of one number is that number, all else its text."""
+    if hasattr(value, "item"):
+        with suppress(ValueError, RuntimeError, TypeError):  # it has several
+            value = value.item()
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def read_header(path: Path) -> Header:
@@ -233,7 +245,7 @@ def _entry(line: bytes, where: str) -> Entry:
         if wrong is not None:
             raise DataError(f"{where}: {name} holds {wrong!r}; numbers or null are needed; mend or remove the line.")
     for name in columns.keys() & {*NAMES}:
-        columns[name] = [_label(each) for each in columns[name]]
+        columns[name] = [label(each) for each in columns[name]]
     return Entry(**known, columns=columns)
 
 
@@ -261,13 +273,6 @@ _FIELDS: Sequence[tuple[str, Any, str]] = [
 
 def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _label(value: Any) -> Any:
-    """As JSON has it: text, an integer, or nothing; a tensor or array of one number is that number."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _encoded(value: dict[str, Any]) -> bytes:

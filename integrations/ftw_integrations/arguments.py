@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from ftw import presets, registry
@@ -16,6 +16,7 @@ from ftw.processes.setting import POOLS
 from ftw.selector import NOTHING_USEFUL
 from ftw.solvers.constraints import CappedCone
 from ftw.target import check_schedule
+from ftw.watching import DecisionLog
 
 _COMPONENTS = {
     "filter": ("filters", None),
@@ -36,6 +37,9 @@ class SelectionArguments:
     """What is chosen and how: arguments of `ftw.Selector` of the same names, and how the target is batched.
 
     Where a name is asked for, a class or an instance does as well, from Python.
+
+    Args:
+        seed: another name of `selection_seed`, and wins over it. Not on a command line, where it is the trainer's.
 
     Raises:
         ConfigurationError, UnknownComponentError: a value that is not allowed.
@@ -70,10 +74,16 @@ class SelectionArguments:
     relinearise: bool = _help(False, "Decide twice, the second time with the second moment that the first gives.")
     watch: int = _help(0, "Every how many steps prediction and step are compared; 0 is never.")
     pool: str = _help("global", "With several processes: candidates of all together (global), or each alone (local).")
+    log: str | None = _help(None, "Decision log: a .jsonl file, or a folder for one. Default: none is written.")
+    log_bytes: int = _help(64 << 20, "Bytes that the decision log may grow to.")
+    log_text: int = _help(200, "Characters of each sample's text in the decision log; 0 for none.")
     check: bool = _help(True, "Audit the first window.")
-    seed: int = _help(0, "Of filters that draw at random.")
+    selection_seed: int = _help(0, "Of filters that draw at random; seed= from Python.")
+    seed: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, seed: int | None) -> None:
+        if seed is not None:
+            self.selection_seed = seed
         self.budget = _number("budget", self.budget)
         self.trust = _number("trust", self.trust, "adaptive")
         self.target_batches = _number("target_batches", self.target_batches, "all")
@@ -99,6 +109,14 @@ class SelectionArguments:
         one_of("uncovered", self.uncovered, UNCOVERED)
         one_of("residual", self.residual, RESIDUALS)
         one_of("pool", self.pool, POOLS)
+        if self.log is None:
+            for each in fields(self):
+                if each.name in ("log_bytes", "log_text") and getattr(self, each.name) != each.default:
+                    raise ConfigurationError(
+                        f"{each.name} is {getattr(self, each.name)!r}, and there is no log; it says how one is "
+                        "written; give log='runs/mine' as well, or leave it out."
+                    )
+        self._log()
         counts = {"target_batch_size": 1, "warmup": 0, "watch": 0, "memory_cap": 1}
         for name, least in counts.items():
             value = getattr(self, name)
@@ -113,7 +131,12 @@ class SelectionArguments:
 
     def for_selector(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`, the target and its loss left out."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "target_batch_size"}
+        own = ("target_batch_size", "log_bytes", "log_text", "selection_seed")
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
+        return given | {"log": self._log(), "seed": self.selection_seed}
+
+    def _log(self) -> DecisionLog | None:
+        return None if self.log is None else DecisionLog(self.log, max_bytes=self.log_bytes, text=self.log_text)
 
 
 def _number(name: str, given: Any, word: str | None = None) -> Any:

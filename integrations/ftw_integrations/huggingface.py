@@ -18,12 +18,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 import ftw
 from ftw.errors import ConfigurationError, TargetError
 from ftw.target import model_loss
 from ftw_integrations.arguments import SelectionArguments
+from ftw_integrations.columns import COLUMNS, NAMES, KeepColumns, SteadyColumns, is_dispatched, texts_of
 from ftw_integrations.metrics import Metrics
 
 __all__ = ["SelectionArguments", "SelectionTrainer", "SelectionTrainerMixin"]
@@ -72,6 +74,7 @@ class SelectionTrainerMixin(_Base):
         self.selection: ftw.Selection | None = None
         self._selector_state: dict[str, Any] | None = None
         self._metrics_of_selection = Metrics()
+        self._steady = SteadyColumns()
         super().__init__(*args, **kwargs)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded or self.args.n_gpu > 1:
@@ -90,9 +93,11 @@ class SelectionTrainerMixin(_Base):
     ) -> Tensor:
         """The trainer's own, recorded; at the window's last micro-batch the selection takes the gradient's place."""
         selector = self._selector_in_use(model)
-        mass, candidates = self._candidates(inputs, num_items_in_batch)
+        columns = inputs.pop(COLUMNS, {})
+        mass, candidates, used = self._candidates(inputs, num_items_in_batch)
         if len(mass):
-            with selector.record(mass=mass, candidates=candidates, scaler=self.accelerator.scaler):
+            extras = None if self._selection_arguments.log is None else self._logged(columns, inputs, candidates, used)
+            with selector.record(mass=mass, candidates=candidates, scaler=self.accelerator.scaler, extras=extras):
                 loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
             self._recorded = True
         else:  # no row has a label: there is nothing to choose from, and no gradient
@@ -146,12 +151,15 @@ class SelectionTrainerMixin(_Base):
         data = self._target_dataset
         collate = self._get_collator_with_removed_columns(self.data_collator, description="target")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._selection_arguments.seed)
+            torch.manual_seed(self._selection_arguments.selection_seed)
             starts = range(0, len(data), size)
             return [collate([data[i] for i in range(at, min(at + size, len(data)))]) for at in starts]
 
-    def _candidates(self, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
-        """Mass of the candidates of a micro-batch, (n,), and whose each row or token is, where that is not plain."""
+    def _candidates(self, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Mass of the candidates of a micro-batch, (n,), and whose each row or token is, where that is not plain.
+
+        Third, which of the samples are candidates, (samples,): those that have a label.
+        """
         labels = inputs.get("shift_labels", inputs.get("labels"))
         owner = _packed(inputs)
         if isinstance(labels, Tensor) and labels.dim() > 1:
@@ -172,9 +180,9 @@ class SelectionTrainerMixin(_Base):
         else:
             mass = mass / mass.sum()  # each micro-batch is a mean of its own, and the step the mean of these
         if bool(used.all()):
-            return mass, owner
+            return mass, owner, used
         numbers = (used.cumsum(0) - 1).masked_fill(~used, -1)
-        return mass, numbers if owner is None else numbers[owner]
+        return mass, numbers if owner is None else numbers[owner], used
 
     def _normalised_over_window(self, num_items: Any) -> bool:
         """Whether the loss is a sum over the window's label tokens divided by their number: as `training_step` asks."""
@@ -182,6 +190,49 @@ class SelectionTrainerMixin(_Base):
         if said is not None:
             return bool(said)
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    # -- the decision log ------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The trainer's own; for the log, its batches carry the columns that the model is not to see."""
+        own: Any = self
+        if self._selection_arguments.log is None or is_dispatched(self.accelerator, self.train_dataset):
+            return super().get_train_dataloader()
+        own._set_signature_columns_if_needed()
+        collator, seen = own.data_collator, own._signature_columns
+        names = [name for name in NAMES if name not in seen]
+        own.data_collator = KeepColumns(collator, names, drop=self.args.remove_unused_columns)
+        own._signature_columns = [*seen, *names]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            own.data_collator, own._signature_columns = collator, seen
+
+    def candidate_texts(self, inputs: Mapping[str, Any], candidates: Tensor | None) -> list[str] | None:
+        """Texts of the candidates of a micro-batch for the decision log; None: not known.
+
+        By default their tokens, decoded by the `processing_class`. Not asked where the dataset has a column "text".
+
+        Args:
+            inputs: of the model.
+            candidates: whose each row or token is, as in `Selector.record`; None: one candidate a row.
+        """
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = inputs.get("input_ids")
+        if not hasattr(tokenizer, "batch_decode") or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        return texts_of(tokenizer, ids, inputs.get("attention_mask"), candidates, self._selection_arguments.log_text)
+
+    def _logged(
+        self, columns: Mapping[str, list[Any]], inputs: Mapping[str, Any], candidates: Tensor | None, used: Tensor
+    ) -> dict[str, list[Any]]:
+        """What the log calls the candidates of a micro-batch."""
+        kept, longest = used.nonzero().flatten().tolist(), self._selection_arguments.log_text
+        found = {name: [each[i] for i in kept] for name, each in columns.items() if len(each) == len(used)}
+        if longest and "text" not in found:
+            texts = self.candidate_texts(inputs, candidates)
+            found |= {} if texts is None else {"text": texts}
+        return self._steady(found, len(kept), longest)
 
     # -- metrics and checkpoints -----------------------------------------------------------------------------------
 
@@ -239,6 +290,7 @@ class _Windows(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()
         self._trainer.selector = self._trainer.selection = None
+        self._trainer._steady = SteadyColumns()
         self._trainer._metrics_of_selection.take()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ from ftw.gradients.audit import first_tensor, refuse_packed
 from ftw.target import Target
 from ftw_integrations import states
 from ftw_integrations.lightning_step import TrainingStep
-from ftw_integrations.loop import owners, token_mean
+from ftw_integrations.loop import of_candidates, owners, token_mean
 from ftw_integrations.metrics import Metrics
 
 __all__ = ["SelectionCallback", "token_mean"]
@@ -64,7 +64,8 @@ class SelectionCallback(_Callback):
             micro-batches, each should sum to the same.
         candidates: batch -> whose each row or token is, as in `Selector.record`; `ftw.packed_candidates` for packed
             rows, the same number for the rows of a preference pair.
-        extras: batch -> what filters need to know of its candidates, as in `Selector.record`.
+        extras: batch -> what filters need to know of its candidates, as in `Selector.record`, and "id", "source" and
+            "text" for the decision log (`log=`).
         model: name of the submodule whose call is the forward, and which is called once a step. Default: the training
             step as a whole. Needed for `memory_cap` and `uncovered="scale"` where the step returns no more than a loss.
         told: called with the selection of every step.
@@ -230,14 +231,15 @@ class SelectionCallback(_Callback):
         else:  # Lightning's step is the mean over micro-batches of whatever size, each a mean over its own
             count = first_tensor((batch,), {}).shape[0] if candidates is None else _count(candidates)
             mass = torch.full((count,), 1.0 / count, dtype=torch.float64)
+        extras = None if self._extras is None else self._extras(batch)
         if candidates is None:
             mass, candidates = owners(mass)
+            extras = None if extras is None else of_candidates(extras, candidates)
         if not len(mass):
             return  # no row has a label: there is nothing to choose from, and no gradient
         if not self._recorded:
             trainer.optimizers[0].zero_grad()  # as Lightning does a moment later, between forward and backward
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        extras = None if self._extras is None else self._extras(batch)
         block = self.selector.record(mass=mass, scaler=scaler, candidates=candidates, extras=extras)
         block.__enter__()
         self._block = block

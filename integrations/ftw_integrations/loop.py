@@ -26,6 +26,7 @@ from ftw.optim_state.wrappers import unwrapped
 
 MassOf = Callable[[Mapping[str, Any]], Tensor]
 CandidatesOf = Callable[[Mapping[str, Any]], Any]
+ColumnsOf = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def attach(
@@ -35,6 +36,7 @@ def attach(
     target: Any,
     mass: MassOf | None = None,
     candidates: CandidatesOf | None = None,
+    extras: ColumnsOf | None = None,
     max_grad_norm: float | None = None,
     told: Callable[[ftw.Selection], None] | None = None,
     **selector: Any,
@@ -49,6 +51,9 @@ def attach(
             `token_mean` where the loss is the model's own mean over label tokens. Default: equal.
         candidates: keyword arguments of a forward -> whose each row or token is, as in `Selector.record`:
             `ftw.packed_candidates` for packed rows, the same number for the rows of a preference pair.
+        extras: keyword arguments of a forward -> what else is known of its candidates, one entry each, as in
+            `Selector.record`: for filters, and "id", "source" and "text" for the decision log (`log=`). The model sees
+            nothing of it: what is no argument of the forward, the loop's own variables know (docs/watching.md).
         max_grad_norm: clip what was selected to this norm. The loop's own clipping comes before the optimizer's step
             and so before the selection: there is no gradient yet that it could clip, and it has no effect.
         told: called with the selection of every step.
@@ -67,7 +72,7 @@ def attach(
         )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ConfigurationError(f"max_grad_norm is {max_grad_norm!r}; a positive norm is needed, or None for none.")
-    return Attached(model, optimizer, (mass, candidates), max_grad_norm, told, {"target": target, **selector})
+    return Attached(model, optimizer, (mass, candidates, extras), max_grad_norm, told, {"target": target, **selector})
 
 
 def token_mean(inputs: Mapping[str, Any]) -> Tensor:  # -> (rows,)
@@ -85,6 +90,19 @@ def owners(mass: Tensor) -> tuple[Tensor, Tensor | None]:  # (rows,) -> (n,), (r
     return mass[~nobody], ((~nobody).cumsum(0) - 1).masked_fill(nobody, -1)
 
 
+def of_candidates(columns: Mapping[str, Any], owner: Tensor | None) -> dict[str, list[Any]]:
+    """Columns with an entry for each row, without those of the rows that `owners` says are nobody's."""
+    listed = {
+        name: column.detach().cpu().tolist() if isinstance(column, Tensor) else list(column)
+        for name, column in columns.items()
+    }
+    kept = [] if owner is None else (owner >= 0).tolist()
+    return {
+        name: [entry for entry, keep in zip(column, kept, strict=True) if keep] if len(column) == len(kept) else column
+        for name, column in listed.items()
+    }
+
+
 class Attached:
     """What `attach` returns; also a context manager that detaches in the end.
 
@@ -97,17 +115,18 @@ class Attached:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        described: tuple[MassOf | None, CandidatesOf | None],
+        described: tuple[MassOf | None, CandidatesOf | None, ColumnsOf | None],
         max_grad_norm: float | None,
         told: Callable[[ftw.Selection], None] | None,
         arguments: dict[str, Any],
     ) -> None:
         self.selection: ftw.Selection | None = None
-        self._mass_of, self._candidates_of = described
+        self._mass_of, self._candidates_of, self._columns_of = described
         self._max_norm, self._told = max_grad_norm, told
         self._block: AbstractContextManager[None] | None = None
         self._mapped = False  # whether the block has a map of its rows
         self._masses: list[float] = []
+        self._columns: dict[str, list[Any]] = {}
         self._waiting = 0  # forwards whose backward has not begun
         self._busy = False
         # Before the selector, whose own hooks (watch=) look at what this one leaves.
@@ -153,12 +172,24 @@ class Attached:
             return
         owner = None if self._candidates_of is None else self._candidates_of(kwargs)
         mass = None if self._mass_of is None else self._mass_of(kwargs)
+        columns: Mapping[str, Any] = {} if self._columns_of is None else self._columns_of(kwargs)
         if mass is not None and owner is None:
             mass, owner = owners(mass)
+            columns = of_candidates(columns, owner)
+        else:
+            columns = of_candidates(columns, None)
         if self._block is None:
             self._masses, self._mapped = [], owner is not None
-            self._block = self.selector.record(mass=None if mass is None else self._masses, candidates=owner)
+            self._columns = {name: [] for name in columns}
+            self._block = self.selector.record(
+                mass=None if mass is None else self._masses, candidates=owner, extras=self._columns
+            )
             self._during(self._block.__enter__)
+        elif columns.keys() != self._columns.keys():
+            raise ConfigurationError(
+                f"extras are {sorted(columns)} of this forward and {sorted(self._columns)} of the one before it in the "
+                "same block; filters and the log need them of all candidates; return the same names each time."
+            )
         elif self._mapped or owner is not None:
             raise RecordingError(
                 "a forward began before the backward of the one before it, and one of the two has rows or tokens that "
@@ -167,6 +198,8 @@ class Attached:
             )
         if mass is not None:
             self._masses.extend(mass.tolist())
+        for name, column in columns.items():
+            self._columns[name].extend(column)
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._block is None or self._busy or not torch.is_grad_enabled():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import signal
 import subprocess
@@ -467,15 +469,40 @@ def test_the_command_line(line: str, found: dict[str, Any]) -> None:
 
 
 def test_every_argument_has_a_help_text_and_is_one_of_the_selectors() -> None:
-    import dataclasses
-    import inspect
-
     known = inspect.signature(ftw.Selector).parameters
     for each in dataclasses.fields(SelectionArguments):
         assert each.metadata["help"]
-        assert each.name in known or each.name == "target_batch_size"
-        if each.name in known:
-            assert each.default == known[each.name].default
+        name = {"selection_seed": "seed"}.get(each.name, each.name)
+        assert name in known or each.name in ("target_batch_size", "log_bytes", "log_text")
+        if name in known:
+            assert each.default == known[name].default
+
+
+@pytest.mark.parametrize("of_trl", [False, True])
+def test_one_parser_for_the_trainers_arguments_and_these(of_trl: bool, tmp_path: Path) -> None:
+    kinds: list[Any] = [TrainingArguments]
+    if of_trl:
+        trl = pytest.importorskip("trl", reason="its configurations are parsed")
+        kinds = [trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig]
+    cpu = f"--output_dir {tmp_path} --use_cpu --bf16 false"
+    line = f"{cpu} --seed 3 --selection-seed 4 --budget 2 --logging_steps 7 --log {tmp_path / 'log'}"
+    *theirs, ours = HfArgumentParser([*kinds, SelectionArguments]).parse_args_into_dataclasses(line.split())
+    settings = theirs[1 if of_trl else 0]
+    assert (settings.seed, settings.logging_steps, settings.log_level) == (3, 7, "passive")
+    assert (ours.selection_seed, ours.budget, ours.log) == (4, 2, str(tmp_path / "log"))
+    assert ours.for_selector()["seed"] == 4
+    ours, *_ = HfArgumentParser([SelectionArguments, *kinds]).parse_args_into_dataclasses([*cpu.split(), "--seed", "3"])
+    assert ours.for_selector()["seed"] == 0
+
+
+def test_the_seed_by_its_short_name() -> None:
+    made = SelectionArguments(seed=5)
+    assert made.selection_seed == made.for_selector()["seed"] == 5
+    assert SelectionArguments(selection_seed=6).for_selector()["seed"] == 6
+    assert SelectionArguments(seed=0, selection_seed=6).selection_seed == 0
+    assert dataclasses.replace(made, budget=2).selection_seed == 5
+    assert dataclasses.replace(made, seed=8).selection_seed == 8
+    assert dataclasses.replace(made, selection_seed=9).selection_seed == 9
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ pytest.importorskip("peft", reason="adapters come from it")
 
 from ftw_integrations.huggingface import STATE_NAME, SelectionArguments
 
+from ftw.watching import read_log
+from ftw.watching.log import NAME
 from tests.gloo import needs_gloo, run, serve
 from tests.integration.test_huggingface import CHOOSING, UNTOUCHED, model_of, selecting, untouched
 
@@ -26,6 +28,7 @@ pytestmark = needs_gloo
 
 STEPS = 8
 LOCAL = SelectionArguments(budget=2, warmup=2, target_batch_size=4, pool="local")
+LOGGING = SelectionArguments(budget=2, warmup=2, target_batch_size=4, log="log")
 UNEVEN = SelectionArguments(budget=3, warmup=2, target_batch_size=4, filter="topk")
 
 
@@ -39,7 +42,10 @@ def trained(kind: str, selection: SelectionArguments | None, folder: Path, **cha
     if selection is None:
         untouched(folder, model, **settings).train()
         return {"parameters": numbers_of(model)}
+    columns = settings.pop("columns", False)
     trainer, choices = selecting(folder, model, selection, **settings)
+    if columns:
+        trainer.train_dataset = [{**row, "id": f"n{i}"} for i, row in enumerate(trainer.train_dataset)]
     trainer.train()
     return {
         "parameters": numbers_of(model),
@@ -59,6 +65,7 @@ def trainers(rank: int) -> dict[str, Any]:
         "full": trained("full", CHOOSING, folder),
         "lora": trained("lora", UNEVEN, folder),
         "local": trained("lora", LOCAL, folder),
+        "logging": trained("lora", LOGGING, folder, max_steps=2, columns=True),
     }
 
 
@@ -85,7 +92,8 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"trainers": trainers, "
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_whole_pool(tmp_path: Path) -> None:
+def test_two_processes_are_one_with_the_whole_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # for the log
     both = run(__file__, "trainers", tmp_path)
     for name in both[0]:
         assert both[0][name]["parameters"] == both[1][name]["parameters"], name
@@ -105,6 +113,10 @@ def test_two_processes_are_one_with_the_whole_pool(tmp_path: Path) -> None:
         assert found["parameters"] == pytest.approx(alone["parameters"], abs=1e-4), kind
     assert [len(weights) for weights in both[0]["local"]["weights"]] == [4] * STEPS
     assert both[0]["local"]["weights"] != both[1]["local"]["weights"]
+    entries = list(read_log(tmp_path / "log" / NAME))  # the first process wrote the candidates of both
+    assert [entry.columns["weight"] for entry in entries] == both[0]["logging"]["weights"]
+    ids = [name for entry in entries for name in entry.columns["id"]]
+    assert len(set(ids)) == len(ids) == 16
 
 
 @pytest.mark.slow
