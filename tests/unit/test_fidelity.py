@@ -420,6 +420,8 @@ def test_relinearising_is_reproducible(filter: str) -> None:
         ({"trust": "adaptive"}, "objective='utility' only"),
         ({"trust": TrustRegion()}, "objective='utility' only"),
         ({"watch": -1}, "watch is -1"),
+        ({"watch": 1.5}, "watch is 1.5; an integer"),
+        ({"warmup": 2.5}, "warmup is 2.5; an integer"),
         ({"relinearise": True, "granularity": "token"}, "relinearise=True was given together with granularity"),
         ({"relinearise": True, "memory_cap": 100}, "relinearise=True was given together with memory_cap"),
         ({"curvature": "kfac", "memory_cap": 100}, "curvature='kfac' was given together with memory_cap"),
