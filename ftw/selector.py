@@ -193,6 +193,7 @@ class Selector:
         one_of("geometry", geometry, GEOMETRIES)
         one_of("nothing_useful", nothing_useful, NOTHING_USEFUL)
         one_of("reference", reference, REFERENCES)
+        integer("seed", seed, 0)
         integer("warmup", warmup, 0)
         integer("watch", watch, 0)
         if isinstance(trust, str):

@@ -419,6 +419,8 @@ def test_relinearising_is_reproducible(filter: str) -> None:
         ({"trust": "often"}, "trust is 'often'"),
         ({"trust": "adaptive"}, "objective='utility' only"),
         ({"trust": TrustRegion()}, "objective='utility' only"),
+        *(({"trust": bad, "objective": "utility"}, f"trust is {bad}") for bad in (0.0, math.inf, math.nan, None, True)),
+        ({"seed": "a"}, "seed is 'a'; an integer"),
         ({"watch": -1}, "watch is -1"),
         ({"watch": 1.5}, "watch is 1.5; an integer"),
         ({"warmup": 2.5}, "warmup is 2.5; an integer"),
