@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +29,15 @@ from ftw.optim_state import (
 )
 from ftw.optim_state.base import state_of
 from ftw.testing import check_preconditioner
-from tests.optimizers import F64, TORCH, first_of, stepped, two_groups
+from tests.optimizers import (
+    COUNTED,
+    F64,
+    TORCH,
+    first_of,
+    let_capturable_onto_the_cpu,
+    stepped,
+    two_groups,
+)
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -75,23 +82,21 @@ class TestGain:
         torch.testing.assert_close(scale.values / update.gain[p], inverse_curvature, rtol=1e-13, atol=0)
 
 
-COUNTED = {
+CAPTURABLE = {
     f"{ours.__name__}, {name}": (ours, cls, options)
     for ours, cls, table in TORCH
-    if ours in (Adam, AdamW, NAdam, RAdam, RMSprop)
+    if (ours, cls) in COUNTED
     for name, options in table.items()
     if name != "fused"
 }
 
 
 class TestCapturable:
-    @pytest.mark.parametrize("case", COUNTED)
+    @pytest.mark.parametrize("case", CAPTURABLE)
     def test_it_is_worked_out_in_the_counters_float32(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """torch's own step, let onto the CPU. Its order of float32 operations differs from ours."""
-        ours, cls, options = COUNTED[case]
-        for module in ("adam", "nadam", "radam", "rmsprop"):
-            found = importlib.import_module(f"torch.optim.{module}")
-            monkeypatch.setattr(found, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+        ours, cls, options = CAPTURABLE[case]
+        let_capturable_onto_the_cpu(monkeypatch.setattr)
         check_preconditioner(
             ours(), two_groups(cls, first_of(ours), capturable=True, **options), steps=9, tolerance=4 * EPSILON
         )
