@@ -77,6 +77,10 @@ def rows() -> Iterator[Row]:
         yield from _installed("torchao", name, f"torchao.optim.{name}", {}, LARGE, torch.float32, ROUNDED)
     for name in ("Adam", "Adam8bit", "AdamW", "AdamW8bit", "Lion", "Lion8bit"):
         yield from _installed("bitsandbytes", name, f"bitsandbytes.optim.{name}", {}, LARGE, torch.float32, ROUNDED)
+    tables.let_capturable_onto_the_cpu()
+    for _, cls in tables.COUNTED:
+        why = "" if cls is torch.optim.RMSprop else "works out its scalars in float32"  # its scalars know no counter
+        yield Row(cls.__name__, "capturable", cls, {"capturable": True}, reason=why)
     half = "rounds parameters and state to 8 bits of mantissa"
     for cls in (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop):
         yield Row(cls.__name__, "all in bfloat16", cls, {}, dtype=torch.bfloat16, reason=half)

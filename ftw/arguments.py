@@ -16,6 +16,14 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         )
 
 
+def integer(name: str, value: Any, least: int) -> None:
+    """Raise `ConfigurationError` unless the value is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(
+            f"{name} is {value!r}; an integer of at least {least} is needed; set it so or leave it out."
+        )
+
+
 def at_least(name: str, value: Any, least: float) -> None:
     """Raise `ConfigurationError` unless the value is a finite number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:

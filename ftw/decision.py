@@ -81,9 +81,10 @@ class Policy:
                 f"ridge={self.ridge!r} was given with {type(self.solver).__name__}, whose weights follow a rule of "
                 "their own; choose a solver that minimises, such as 'pgd', or leave the ridge out."
             )
-        if not self.trust > 0:
+        number = isinstance(self.trust, int | float) and not isinstance(self.trust, bool)
+        if not (number and 0 < self.trust < math.inf):
             raise ConfigurationError(
-                f"trust is {self.trust!r}; it must be positive; 1 is the optimizer's own curvature."
+                f"trust is {self.trust!r}; it must be a positive, finite number; 1 is the optimizer's own curvature."
             )
         if self.objective == "match" and self.trust != 1.0:
             raise ConfigurationError(

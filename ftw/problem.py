@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -117,9 +117,10 @@ class SelectionProblem:
                 "gram and factor were both given; they say the same, K = F F'; pass one of the two."
             )
         for name, column in self.extras.items():
-            if len(column) != n:
+            count = len(as_entries(f"extras[{name!r}]", column))
+            if count != n:
                 raise ConfigurationError(
-                    f"extras[{name!r}] has {len(column)} entries for {n} candidates; one each is needed; index it like "
+                    f"extras[{name!r}] has {count} entries for {n} candidates; one each is needed; index it like "
                     "the candidates."
                 )
 
@@ -230,6 +231,19 @@ def as_columns(name: str, value: Any, n: int) -> Tensor:  # -> (n, m) float64
             f"{name} is not finite; quarantine the candidates at fault before the problem is posed."
         )
     return matrix
+
+
+def as_entries(name: str, value: Any) -> list[Any]:
+    """The entries of a column of numbers or labels in their order, or a `ConfigurationError` that names it."""
+    try:
+        if isinstance(value, Mapping | Set):
+            raise TypeError("its entries have no order")
+        return list(value.detach().cpu().tolist() if isinstance(value, Tensor) else value)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{name} is {reprlib.repr(value)}, which is no column: {error}; one entry for each candidate is needed, in "
+            "their order; pass a list, a tensor or an array."
+        ) from error
 
 
 def as_gram(value: Any, n: int) -> Tensor:  # -> (n, n) float64

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ftw import presets, registry
-from ftw.arguments import at_least, one_of
+from ftw.arguments import integer, one_of
 from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle
 from ftw.curvature.base import Curvature
 from ftw.decision import ConstraintMaker, Policy
@@ -35,7 +35,7 @@ from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.optim_state.wrappers import unwrapped
-from ftw.problem import Selection, Status
+from ftw.problem import Selection, Status, as_entries
 from ftw.processes.decide import decide_together
 from ftw.processes.setting import Setting
 from ftw.quotas import WeightQuota
@@ -193,8 +193,9 @@ class Selector:
         one_of("geometry", geometry, GEOMETRIES)
         one_of("nothing_useful", nothing_useful, NOTHING_USEFUL)
         one_of("reference", reference, REFERENCES)
-        at_least("warmup", warmup, 0)
-        at_least("watch", watch, 0)
+        integer("seed", seed, 0)
+        integer("warmup", warmup, 0)
+        integer("watch", watch, 0)
         if isinstance(trust, str):
             one_of("trust", trust, ("adaptive",))
             trust = TrustRegion()
@@ -774,10 +775,7 @@ class Selector:
 
 
 def _columns(extras: Mapping[str, Any], count: int, before: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    columns = {
-        name: column.detach().cpu().tolist() if isinstance(column, Tensor) else list(column)
-        for name, column in extras.items()
-    }
+    columns = {name: as_entries(f"extras[{name!r}]", column) for name, column in extras.items()}
     wrong = {name: len(column) for name, column in columns.items() if len(column) != count}
     if wrong:
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +132,14 @@ def stepped(
         p.grad = torch.randn((4, 3), generator=generator, dtype=F64).to(dtype)
         optimizer.step()
     return p, optimizer
+
+
+COUNTED = tuple((ours, cls) for ours, cls, _ in TORCH if ours in (Adam, AdamW, NAdam, RAdam, RMSprop))
+"""Those with a step counter that may be a tensor for graphs to capture (`capturable`)."""
+
+
+def let_capturable_onto_the_cpu(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """torch steps with `capturable` on accelerators only; what it computes is the same here."""
+    for module in ("adam", "nadam", "radam", "rmsprop"):
+        found = importlib.import_module(f"torch.optim.{module}")
+        patch(found, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])

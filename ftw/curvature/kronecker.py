@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ftw.arguments import at_least
+from ftw.arguments import integer
 from ftw.curvature.base import Curvature
 from ftw.errors import ConfigurationError
 from ftw.optim_state.operators import Diagonal, RowColumn, ScaleOperator, TwoSided
@@ -64,8 +64,8 @@ class KFAC(Curvature):
             )
         if not 0.0 <= decay < 1.0:
             raise ConfigurationError(f"decay is {decay!r}; it must lie in [0, 1); 0 keeps the last window only.")
-        at_least("refresh", refresh, 1)
-        at_least("largest", largest, 1)
+        integer("refresh", refresh, 1)
+        integer("largest", largest, 1)
         self.damping = damping
         self.decay = decay
         self.refresh = refresh

@@ -68,7 +68,7 @@ class Quota(Filter):
         self.columns = tuple(dict.fromkeys((column, *self.filter.columns)))
 
     def __call__(self, problem: SelectionProblem) -> Tensor:
-        labels = labels_of(problem.extra(self.column, "the filter 'quota'"))
+        labels = labels_of(self.column, problem.extra(self.column, "the filter 'quota'"))
         most, least = self._limits(labels, problem.budget)
         picks = self._capped(problem, labels, most)
         return torch.tensor(self._filled(problem, labels, least, picks), dtype=torch.long)

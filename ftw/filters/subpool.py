@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -54,9 +54,20 @@ def _entries(extras: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
     }
 
 
-def labels_of(values: Any) -> list[Any]:
-    """A column's entries as plain values, so that equal labels are equal whatever held them."""
-    return [value.item() if hasattr(value, "item") else value for value in values]
+def labels_of(name: str, values: Any) -> list[Any]:
+    """A column's entries as plain values, so that equal labels are equal whatever held them.
+
+    Raises:
+        ConfigurationError: an entry that cannot tell a group, such as a list.
+    """
+    labels = [value.item() if hasattr(value, "item") else value for value in values]
+    wrong = [label for label in labels if not isinstance(label, Hashable)]
+    if wrong:
+        raise ConfigurationError(
+            f"the column {name!r} holds {wrong[0]!r}; labels are strings, numbers or other values that can be keys of "
+            "a dictionary; pass one such label for each candidate."
+        )
+    return labels
 
 
 def inner_filter(filter: Any, who: str) -> Filter:

@@ -8,9 +8,9 @@ in numbers moved through memory:
 | written out, row block by row block | 2 N rows columns, then 2 n^2 rows columns for K | 4 n rows columns |
 | factors (ghost inner products) | 2 N rows columns for b, then 2 N^2 (rows + columns) for K | 3 N^2 |
 
-Writing out serves any M; factors serve M = value * I alone, since a diagonal M does not pass through the product of
-the factors. Both are linear in T but for N^2: factors win on short contexts and wide layers. T x T products are
-hence formed only where they are the cheaper way.
+Writing out serves any M; factors serve one that passes through outer products (`ScaleOperator.separable`: a multiple of
+the identity, Adafactor's row x column, Muon's two sides), and no diagonal. Both are linear in T but for N^2: factors
+win on short contexts and wide layers. T x T products are hence formed only where they are the cheaper way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def by_factors(n: int, tokens: int, rows: int, columns: int) -> float:
 
 
 def prefers_factors(n: int, tokens: int, rows: int, columns: int) -> bool:
-    """Whether K under M = value * I is cheaper from the factors."""
+    """Whether K under a separable M is cheaper from the factors."""
     return by_factors(n, tokens, rows, columns) < written_out(n, tokens, rows, columns)
 
 

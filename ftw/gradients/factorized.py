@@ -11,7 +11,8 @@ class Factorized(GradientExtractor):
 
     The factors are the very tensors that autograd holds in a plain backward; they live until the window ends
     instead of until the layer's own backward. Cost is linear in the context length, and the memory of reading
-    is bounded by a block. Exact for any diagonal update scale.
+    is bounded by a block. Exact for any update scale; one that is `separable` is applied to the factors themselves
+    where products of tokens are cheaper than writing out (`cost`).
     """
 
     def keep(self, piece: Piece) -> Piece:

@@ -22,9 +22,9 @@ class ActiveSet(WeightSolver):
 
     On `NonNegative` scipy's NNLS (Lawson and Hanson 1974) solves `min ||R w - d||`, `R'R = K` and `R'd = b`, and one
     face more takes away what the root of K cost in digits, or finds that b is out of K's range and the problem
-    unbounded. On all other sets the faces are searched as in `polish`, from the set's point nearest to 0 or from
-    `start`. It is the reference that `pgd` is compared with: the same answers, and the faster way where few weights
-    are positive.
+    unbounded. On all other sets, and for a `LowRank` K, the faces are searched as in `polish`, from the set's point
+    nearest to 0 or from `start`. It is the reference that `pgd` is compared with: the same answers, and the faster way
+    where few weights are positive.
 
     Args:
         max_rounds: faces from which the search may begin anew.
@@ -52,7 +52,7 @@ class ActiveSet(WeightSolver):
         weights = problem.begin(start)
         if problem.residual(weights) <= GOAL:
             return problem.solution(weights, Status.OPTIMAL)
-        if start is None and _is_orthant(problem.polyhedron):
+        if start is None and isinstance(gram, Tensor) and _is_orthant(problem.polyhedron):
             weights = _lawson_hanson(problem)
         found = polish(problem, weights, tolerance=self.tolerance, rounds=self.max_rounds, passes=2 * n + 1)
         status = Status.OPTIMAL if found.residual <= self.tolerance else Status.INACCURATE

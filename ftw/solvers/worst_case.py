@@ -12,7 +12,7 @@ from torch import Tensor
 from ftw.errors import ConfigurationError, SolverError
 from ftw.problem import Solution, Status, as_columns, as_gram, as_numbers, as_vector
 from ftw.solvers.base import WeightSolver, infeasible
-from ftw.solvers.constraints import ConstraintSet, NonNegative
+from ftw.solvers.constraints import ConstraintSet, NonNegative, require_set
 from ftw.solvers.gram import LowRank, largest_exponent
 from ftw.solvers.linear_sets import Linear
 from ftw.solvers.polyhedron import Matrix, Polyhedron, Vector
@@ -65,6 +65,7 @@ def solve_worst_case(
             f"alignments have shape ({n}, 0); at least one target is needed; pass a column for each."
         )
     base = NonNegative() if constraints is None else constraints
+    require_set(base)
     solver = ProjectedGradient() if solver is None else solver
     if not base.feasible(n):
         if throw:

@@ -14,8 +14,24 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ftw.optim_state import SGD, Adagrad, Adam, AdamW, Diagonal, Lion, NAdam, Preconditioner, RAdam, RMSprop, Scalar
+from ftw.optim_state import (
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    Diagonal,
+    HFAdafactor,
+    Lion,
+    Muon,
+    NAdam,
+    Preconditioner,
+    RAdam,
+    RMSprop,
+    Scalar,
+)
 from ftw.testing import check_preconditioner
+from tests.muon import iterate_in_own_precision
 
 TOLERANCE = 1e-12
 
@@ -161,6 +177,76 @@ def test_adagrad(
 @given(first=lion_group, rest=lion_group, run=run, floor=st.floats(0.0, 10.0))
 def test_lion(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], floor: float) -> None:
     check(Lion(floor), LionPytorch, first, rest, run)
+
+
+adafactor_group = st.fixed_dictionaries(
+    {
+        "lr": rates,
+        "beta2_decay": st.floats(-1.0, 0.0),
+        "eps": st.tuples(st.one_of(st.none(), st.floats(1e-12, 1.0)), tiny),
+        "d": st.floats(0.1, 10.0),
+        "weight_decay": decays,
+    }
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=adafactor_group, rest=adafactor_group, run=run, maximize=senses)
+def test_adafactor(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], maximize: bool) -> None:
+    check(Adafactor(), torch.optim.Adafactor, first, rest, run, maximize=maximize)
+
+
+@st.composite
+def hf_adafactor_group(draw: st.DrawFn) -> dict[str, Any]:
+    relative = draw(st.booleans())
+    return {
+        "lr": None if relative else draw(rates),
+        "relative_step": relative,
+        "warmup_init": relative and draw(st.booleans()),
+        "scale_parameter": draw(st.booleans()),
+        "eps": (draw(st.one_of(st.just(1e-30), tiny)), draw(tiny)),
+        "clip_threshold": draw(st.floats(0.1, 10.0)),
+        "decay_rate": draw(st.floats(-1.0, -0.1)),
+        "beta1": draw(st.one_of(st.none(), averaging)),
+        "weight_decay": draw(decays),
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=hf_adafactor_group(), rest=hf_adafactor_group(), run=run)
+def test_hf_adafactor(first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any]) -> None:
+    module: Any = pytest.importorskip("transformers.optimization")
+    check(HFAdafactor(), module.Adafactor, first, rest, run)
+
+
+@st.composite
+def muon_group(draw: st.DrawFn) -> dict[str, Any]:
+    momentum = draw(averaging)
+    return {
+        "lr": draw(rates),
+        "momentum": momentum,
+        "nesterov": momentum > 0 and draw(st.booleans()),
+        "weight_decay": draw(decays),
+        "ns_steps": draw(st.integers(0, 5)),
+        "eps": draw(tiny),
+        "adjust_lr_fn": draw(st.sampled_from([None, "original", "match_rms_adamw"])),
+    }
+
+
+matrices = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=muon_group(), rest=muon_group(), run=run, shapes=matrices, floor=st.floats(0.0, 10.0))
+def test_muon_that_iterates_in_float64(
+    first: dict[str, Any], rest: dict[str, Any], run: dict[str, Any], shapes: list[tuple[int, int]], floor: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        iterate_in_own_precision(patch)
+        make = torch.optim.Muon
+        check_preconditioner(
+            Muon(floor), lambda ps: make(groups(ps, first, rest)), tolerance=1e-10, **{**run, "shapes": shapes}
+        )
 
 
 @st.composite

@@ -28,7 +28,18 @@ from ftw.optim_state import (
     Scalar,
 )
 from ftw.optim_state.base import state_of
-from tests.optimizers import F64, stepped
+from ftw.testing import check_preconditioner
+from tests.optimizers import (
+    COUNTED,
+    F64,
+    TORCH,
+    first_of,
+    let_capturable_onto_the_cpu,
+    stepped,
+    two_groups,
+)
+
+EPSILON = torch.finfo(torch.float32).eps
 
 
 def _unmoved(state: Mapping[str, Any], beta: float) -> Tensor:
@@ -69,6 +80,34 @@ class TestGain:
         scale = update.scale[p]
         assert isinstance(scale, Diagonal)
         torch.testing.assert_close(scale.values / update.gain[p], inverse_curvature, rtol=1e-13, atol=0)
+
+
+CAPTURABLE = {
+    f"{ours.__name__}, {name}": (ours, cls, options)
+    for ours, cls, table in TORCH
+    if (ours, cls) in COUNTED
+    for name, options in table.items()
+    if name != "fused"
+}
+
+
+class TestCapturable:
+    @pytest.mark.parametrize("case", CAPTURABLE)
+    def test_it_is_worked_out_in_the_counters_float32(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torch's own step, let onto the CPU. Its order of float32 operations differs from ours."""
+        ours, cls, options = CAPTURABLE[case]
+        let_capturable_onto_the_cpu(monkeypatch.setattr)
+        check_preconditioner(
+            ours(), two_groups(cls, first_of(ours), capturable=True, **options), steps=9, tolerance=4 * EPSILON
+        )
+
+    def test_else_the_first_step_would_be_a_hundred_times_as_far_off(self) -> None:
+        """b2 = .999 in float32: what `capturable` adds to the correction is no rounding of float64."""
+        p, optimizer = stepped(torch.optim.AdamW, 0, lr=0.1)
+        plain = AdamW().linearise(optimizer, {p: torch.ones_like(p)}).displacement({p: torch.ones_like(p)})[p]
+        optimizer.param_groups[0]["capturable"] = True
+        counted = AdamW().linearise(optimizer, {p: torch.ones_like(p)}).displacement({p: torch.ones_like(p)})[p]
+        assert float(((plain - counted) / plain).abs().max()) > 20 * EPSILON
 
 
 class TestStaleSecondMoment:

@@ -212,7 +212,7 @@ def test_a_failed_step_is_undone() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    for bad in ({"damping": 0.0}, {"decay": 1.0}, {"refresh": 0}, {"largest": 0}):
+    for bad in ({"damping": 0.0}, {"decay": 1.0}, {"refresh": 0}, {"refresh": 2.5}, {"largest": 0}):
         with pytest.raises(ConfigurationError):
             KFAC(**bad)
     with pytest.raises(ConfigurationError, match="no matrix whose gradients are kept as factors"):

@@ -181,6 +181,12 @@ def test_labels_may_be_held_by_anything(kind):
     assert Quota("topk", at_most={7: 0.5})(problem).tolist() == [0, 2]
 
 
+def test_a_label_that_can_tell_no_group_is_named():
+    problem = SelectionProblem(None, torch.ones(2), 2, extras={"source": [["web"], ["code"]]})
+    with pytest.raises(ConfigurationError, match=r"'source' holds \['web'\]; labels are"):
+        Quota("topk")(problem)
+
+
 def test_infeasible_quotas_say_why():
     problem = SelectionProblem(None, torch.ones(4), 4, extras={"source": ["a", "a", "a", "b"]})
     with pytest.raises(

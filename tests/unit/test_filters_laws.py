@@ -34,6 +34,7 @@ SCALE_FREE = {
     "facility_location": FacilityLocation(),
     "grad_norm": GradNorm(),
     "greedy": Greedy(),
+    "greedy_refit": Greedy("refit"),
     "ifd": IFD(),
     "max_loss": MaxLoss(),
     "omp": OMP(),
@@ -117,7 +118,7 @@ def test_no_scale_of_loss_or_target_changes_the_picks(name, shape):
             assert filter(posed(ugly, budget, extras, loss=loss, target=target)).tolist() == plain
 
 
-@pytest.mark.parametrize("name", ["greedy", "dpp", "dpp_exp", "facility_location", "chain"])
+@pytest.mark.parametrize("name", ["greedy", "greedy_refit", "dpp", "dpp_exp", "facility_location", "chain"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_copy_of_a_chosen_candidate_is_not_chosen(name, seed):
     ugly = ugly_problem("duplicates", 12, generator(seed))
@@ -143,7 +144,7 @@ def test_equal_candidates_go_by_position(name):
 def test_nothing_useful_is_no_error(name, shape):
     ugly = ugly_problem(shape, 6, generator(0))
     index = DETERMINISTIC[name](posed(ugly, 3, columns(6, 0))).tolist()
-    if name in ("greedy", "omp", "dpp", "threshold", "chain"):
+    if name in ("greedy", "greedy_refit", "omp", "dpp", "threshold", "chain"):
         assert index == []
 
 

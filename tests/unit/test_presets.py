@@ -204,8 +204,9 @@ def craig(x: Case) -> list[int]:
     distance = np.linalg.norm(x.c[:, None] - x.c[None], axis=-1)
     chosen: list[int] = []
     for _ in range(K):
-        cost = [distance[:, [*chosen, j]].min(1).sum() if j not in chosen else np.inf for j in range(N)]
-        chosen.append(int(np.argmin(cost)))
+        cost = np.array([distance[:, [*chosen, j]].min(1).sum() if j not in chosen else np.inf for j in range(N)])
+        # Of two that are nearest to each other either costs the same: the first, whatever rounding says.
+        chosen.append(int(np.flatnonzero(cost <= cost.min() * (1 + 1e-12))[0]))
     return sorted(chosen)
 
 

@@ -60,6 +60,12 @@ def test_numbers_that_are_not_finite_are_refused_by_position(bad):
         ({"gram": torch.tensor([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 1]])}, "not symmetric"),
         ({"mass": torch.ones(2)}, "mass has 2 entries"),
         ({"mass": torch.tensor([1.0, 0.0, 1.0])}, "3 positive numbers are needed"),
+        ({"extras": {"loss": [1.0]}}, r"extras\['loss'\] has 1 entries for 3 candidates"),
+        ({"extras": {"loss": 1.0}}, r"extras\['loss'\] is 1.0, which is no column"),
+        ({"extras": {"loss": torch.tensor(1.0)}}, "which is no column"),
+        ({"extras": {"loss": np.array(1.0)}}, "which is no column"),
+        ({"extras": {"source": {"a", "b", "c"}}}, "no order"),
+        ({"extras": {"source": {"a": 1, "b": 2, "c": 3}}}, "no order"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

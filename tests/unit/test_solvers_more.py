@@ -13,6 +13,7 @@ from ftw.solvers import (
     Box,
     CappedCone,
     CappedSimplex,
+    ClosedForm,
     Entropic,
     Free,
     LowRank,
@@ -27,6 +28,7 @@ from ftw.solvers import (
     ridge_towards,
     solve_worst_case,
 )
+from ftw.solvers.gram import Thin
 from ftw.testing import constraint_sets, ugly_problem
 
 
@@ -135,10 +137,22 @@ def test_a_factor_is_as_good_as_its_product(solver, n, rank, ridge):
         assert low == pytest.approx(high, rel=1e-8, abs=1e-8), name
 
 
-def test_a_factor_is_not_multiplied_out_by_pgd(monkeypatch):
+@pytest.mark.parametrize(
+    "solver", [ProjectedGradient, ActiveSet, Entropic, ClosedForm, Softmax, Uniform], ids=lambda cls: cls.__name__
+)
+def test_a_factor_is_not_multiplied_out(solver, monkeypatch):
     F = torch.randn(300, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     monkeypatch.setattr(LowRank, "dense", lambda self: pytest.fail("K is formed"))
-    assert ProjectedGradient().solve(LowRank(F), F @ torch.ones(4).double(), CappedCone(4.0)).status == "optimal"
+    monkeypatch.setattr(Thin, "matrix", property(lambda self: pytest.fail("K is formed")))
+    solved = 0
+    for name, constraints in constraint_sets(300).items():
+        try:
+            solution = solver().solve(LowRank(F, 0.1), F @ torch.ones(4).double(), constraints, throw=False)
+        except ConfigurationError:
+            continue
+        assert solution.status == "optimal" or solver is Uniform, name
+        solved += 1
+    assert solved > 1
 
 
 @pytest.mark.parametrize(("factor", "ridge"), [(torch.ones(3), 0.0), (torch.full((3, 2), float("nan")), 0.0),
@@ -248,6 +262,12 @@ def test_the_worst_served_target_is_served_best(constraints):
             assert objective(K, B @ found.mixture, alone.weights) == pytest.approx(
                 objective(K, B @ found.mixture, found.weights), rel=1e-6, abs=1e-6
             )
+
+
+@pytest.mark.parametrize("constraints", ["simplex", NonNegative])
+def test_the_worst_case_needs_a_set(constraints):
+    with pytest.raises(ConfigurationError, match="is no set of weights"):
+        solve_worst_case(torch.eye(2), torch.ones(2, 2), constraints)
 
 
 def test_the_worst_case_of_one_target_is_that_target():

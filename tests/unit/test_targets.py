@@ -260,6 +260,10 @@ def test_columns_that_do_not_fit() -> None:
         loss_of(model, data(4, 0)).backward()
     with selector.record(extras={"loss": torch.ones(4)}):
         loss_of(model, data(4, 0)).backward()
+    for no_column in (1.0, torch.tensor(1.0), {0.1, 0.2, 0.3, 0.4}, dict.fromkeys(range(4), 1.0)):
+        block = selector.record(extras={"loss": no_column})
+        with pytest.raises(ConfigurationError, match=r"extras\['loss'\] is .*which is no column"), block:
+            loss_of(model, data(4, 0)).backward()
     more = {"loss": torch.ones(4), "source": ["a"] * 4}
     with pytest.raises(ConfigurationError, match="in an earlier block"), selector.record(extras=more):
         loss_of(model, data(4, 0)).backward()
