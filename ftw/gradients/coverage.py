@@ -6,7 +6,7 @@ Called by the recorder (`find_layers`) and by `selector.coverage()` (`describe`)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -27,22 +27,28 @@ class TappedLayer:
     module: nn.Module
     rule: LayerRule
     parameters: Mapping[str, Parameter]
+    _held: list[tuple[Any, str, Any]] = field(default_factory=list)  # what `detach` took away: owner, key, parameter
 
     def detach(self) -> None:
         """Give the layer detached parameters, so that autograd forms no gradient of its own ones."""
-        for owner, key, p in self._places():
+        for owner, key, p in self.places():
             owner._parameters[key] = p.detach()
+            self._held.append((owner, key, p))
 
     def put_back(self) -> None:
         """Give the layer its own parameters again."""
-        for owner, key, p in self._places():
+        while self._held:
+            owner, key, p = self._held.pop()
             owner._parameters[key] = p
 
-    def _places(self) -> list[tuple[Any, str, Parameter]]:
+    def places(self) -> list[tuple[Any, str, Any]]:
+        """Where the layer looks its parameters up, (owner, key), and what stands there: of a sharded one, while the
+        layer runs, the whole."""
         found = []
-        for name, p in self.parameters.items():
+        for name in self.parameters:
             path, _, key = name.rpartition(".")
-            found.append((self.module.get_submodule(path) if path else self.module, key, p))
+            owner: Any = self.module.get_submodule(path) if path else self.module
+            found.append((owner, key, owner._parameters[key]))
         return found
 
 

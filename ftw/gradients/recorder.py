@@ -34,6 +34,7 @@ from ftw.gradients.rules import RULES, Call, LayerRule
 from ftw.gradients.tap import Tap
 from ftw.gradients.window import Forward, Window
 from ftw.modes import random_state
+from ftw.optim_state.shards import whole
 
 RESIDUALS = ("error", "keep")
 GRANULARITIES = ("sample", "token")
@@ -595,7 +596,8 @@ class Recorder:
         )
         self._check_layout(layer, call, reached[0])
         wanted = {name: p for name, p in layer.parameters.items() if self.window.wants(p)}
-        for name, piece in layer.rule.pieces(call, wanted) if wanted else ():
+        forms = {name: whole(p) for name, p in wanted.items()}
+        for name, piece in layer.rule.pieces(call, forms) if wanted else ():
             self._store(wanted[name], piece)
 
     @contextmanager

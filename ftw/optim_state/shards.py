@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
@@ -45,6 +46,13 @@ def local(tensor: Tensor) -> Tensor:
         tensor = tensor.redistribute(placements=summed)
     part: Tensor = tensor.to_local()
     return part
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A plain tensor shaped as the whole parameter, for those who ask for its form: of a DTensor one without memory."""
+    if not is_dtensor(parameter):
+        return parameter
+    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
 def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
