@@ -143,7 +143,7 @@ def candidate_maps(candidates: Any) -> list[Tensor] | None:
     maps = [each.long() for each in maps]
     largest = max((int(each.max()) for each in maps), default=-1)
     used = torch.cat([each.flatten() for each in maps]).unique() if maps else torch.zeros(0)
-    if largest < 0 or int(used.min()) < -1 or len(used[used >= 0]) <= largest:
+    if not maps or int(used.min()) < -1 or len(used[used >= 0]) <= largest:
         missing = sorted(set(range(largest + 1)) - set(used.tolist()))[:5]
         raise ConfigurationError(
             f"candidates names {len(used[used >= 0])} candidates up to number {largest}"

@@ -48,11 +48,9 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A plain tensor shaped as the whole parameter, for those who ask for its form: of a DTensor one without memory."""
-    if not is_dtensor(parameter):
-        return parameter
-    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+def shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, as a whole, that holds no numbers."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
