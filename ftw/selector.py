@@ -317,7 +317,8 @@ class Selector:
         )
         self._watcher: Watcher | None = None
         if watch or self._trust_region is not None:
-            self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn)
+            held = self._processes.total
+            self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn, held)
         about = {
             "preset": preset,
             "optimizer": type(optimizer).__name__,
@@ -715,11 +716,13 @@ class Selector:
             return
         written = [p.grad / self._loss_scale for p in self._recorder.parameters if p.grad is not None]
         displacement = displacement_of(self._coming_step(), decided) if watched else None
-        self._watcher.expect(Expectation(selection, self.policy.trust, total_norm(written), displacement))
+        norm = total_norm(written, self._processes.total)
+        self._watcher.expect(Expectation(selection, self.policy.trust, norm, displacement))
 
     def _target_loss(self) -> float:
         with self._processes.together("working out its target's loss"), self._recorder.autocast():
             loss = self.target.loss(self.model)
+        self._processes.company.end_forwards()
         return self._processes.mean_number(loss, self.target.rows) if self._processes.pools else loss
 
     def _learn(self, fidelity: Fidelity) -> None:

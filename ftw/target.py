@@ -86,7 +86,7 @@ class Target:
         self._consumed = 0  # batches that made the present gradient
         self._present: list[Any] | None = None  # those batches, where they are at hand
         self.rows = 0.0
-        """Samples that the present gradient is the mean of, old ones of an average left aside."""
+        """Own samples that the present gradient is the mean of, old ones of an average left aside."""
 
     def gradient(
         self, model: nn.Module, parameters: Mapping[str, Parameter], company: Company = ALONE
@@ -94,8 +94,8 @@ class Target:
         """g for this step, parameter -> tensor of its shape and dtype; zero where the loss does not reach.
 
         Args:
-            company: of the processes that a sharded model is spread over: g is then of the batches of all, each
-                process gets its shards of it, and `rows` counts all.
+            company: of the processes that a sharded model is spread over: g is then of the batches of all, and each
+                process gets its shards of it.
 
         Raises:
             TargetError: no batch, no scalar loss, or a loss that reaches none of the parameters.
@@ -162,7 +162,7 @@ class Target:
 
     def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter], company: Company) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
-        rows = 0.0
+        rows = own = 0.0
         begun = self._position
         present: list[Any] | None = None if self.batches_per_refresh == "all" else []
         for batch, weight, factor in company.weighted(self._next_batches(), lambda batch: float(_rows(batch))):
@@ -173,8 +173,9 @@ class Target:
                 if grad is not None:
                     total[name] = grad * weight if name not in total else total[name].add_(grad, alpha=weight)
             rows += weight
+            own += float(_rows(batch))
         self._consumed = self._position - begun
-        self.rows = rows
+        self.rows = own
         self._present = present
         if not total:
             raise TargetError(

@@ -26,6 +26,9 @@ class Company:
         """
         yield model
 
+    def end_forwards(self) -> None:
+        """To be called after forwards without a backward."""
+
     def all(self, fact: bool) -> bool:
         """Whether it is so on every process."""
         return fact

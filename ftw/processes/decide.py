@@ -157,7 +157,7 @@ class _Decision:
         if len(members) and (policy.filter.needs_gram or policy.solver.needs_gram):
             measured, measurement = self._measure(members)
             self.selection = step.decide(measurement, rest, members=members, absent=absent)
-            self.gradient = spread.gradient(measured, self.selection.weights[members])
+            self.gradient = spread.gradient(measured, pool.parameters, self.selection.weights[members])
         else:
             self.selection = self._equal(members, Scores(alignment, true, offset_drop), absent)
         self.selection.diagnostics["alignment"] = alignment

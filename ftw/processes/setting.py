@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ftw import registry
 from ftw.arguments import one_of
 from ftw.errors import ConfigurationError
+from ftw.fidelity import Total
 from ftw.gradients.base import GradientExtractor
 from ftw.gradients.company import ALONE, Company
 from ftw.optim_state.shards import is_dtensor
@@ -93,7 +94,7 @@ class Setting:
             "uncovered='scale'": given["uncovered"] == "scale",
         }
         if self.shards is not None:
-            self._check_shards(watched, given)
+            self._check_shards(given)
         for name, is_given in refused.items():
             if is_given:
                 raise ConfigurationError(
@@ -101,13 +102,8 @@ class Setting:
                     "yet; leave it out, or choose pool='local', with which each process decides alone."
                 )
 
-    def _check_shards(self, watched: bool, given: Mapping[str, Any]) -> None:
-        refused = {
-            "residual='keep'": given["residual"] == "keep",
-            "lean=False": not given["lean"],
-            "watch or an adaptive trust": watched,
-        }
-        for name, is_given in refused.items():
+    def _check_shards(self, given: Mapping[str, Any]) -> None:
+        for name, is_given in {"residual='keep'": given["residual"] == "keep", "lean=False": not given["lean"]}.items():
             if is_given:
                 raise ConfigurationError(
                     f"{name} was given with a model that is sharded (fully_shard), which cannot do that yet; leave it "
@@ -115,6 +111,11 @@ class Setting:
                 )
         for p in given["parameters"]:
             given["preconditioner"].require_whole(p)
+
+    @property
+    def total(self) -> Total | None:
+        """What sums over held parameters become sums over all by; None: they are."""
+        return None if self.shards is None else self.shards.total
 
     @property
     def company(self) -> Company:

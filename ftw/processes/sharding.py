@@ -146,8 +146,11 @@ class Shards(Spread, Company):
         rows = [self.rows(p, rank) for p in parameters]
         return [(i, each) for i, each in enumerate(rows) if each.stop > each.start]
 
-    def gradient(self, measured: Contributions, weights: Tensor) -> dict[Parameter, Tensor] | None:
-        return measured.combine(weights)
+    def gradient(
+        self, measured: Contributions, parameters: Sequence[Parameter], weights: Tensor
+    ) -> dict[Parameter, Tensor] | None:
+        found = measured.combine(weights)
+        return {p: found[p] if p in found else torch.zeros_like(local(p)) for p in parameters}
 
     # -- as company ------------------------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ class Shards(Spread, Company):
             with torch.no_grad():
                 model(*args, **kwargs)
             said = self.group.gather([False, text])
-        self.reshard()
+        self.end_forwards()
         if failure is not None:
             raise failure
         for rank, (_, reason) in enumerate(said):
@@ -203,9 +206,9 @@ class Shards(Spread, Company):
             whole = sum(said)
             yield batch, whole, (own or 0.0) * self.group.size / whole
 
-    def reshard(self) -> None:
-        """Have no process keep parameters whole after forwards without a backward: a step would not reach them. Not
-        collective."""
+    def end_forwards(self) -> None:
+        """FSDP keeps some parameters whole until the backward: where none follows, the next step would not reach them.
+        Not collective."""
         for unit in self._units:
             unit.reshard()
 
@@ -259,16 +262,14 @@ def _check(model: nn.Module, units: Sequence[Any], group: Group) -> None:
         if not p.placements[0].is_shard(0) or type(p.placements[0]).__name__ != "Shard":
             given = f"{name} is cut by {p.placements[0]}"
             break
-    for part in _groups(units):
-        policy = part.mp_policy
-        if any(getattr(policy, name) is not None for name in ("param_dtype", "reduce_dtype", "output_dtype")):
-            given = f"fully_shard was given {policy}"
-        if type(part.offload_policy).__name__ != "OffloadPolicy":
-            given = f"fully_shard was given {part.offload_policy}"
+    offloaded = [
+        part.offload_policy for part in _groups(units) if type(part.offload_policy).__name__ != "OffloadPolicy"
+    ]
+    if offloaded:
+        given = f"fully_shard was given {offloaded[0]}"
     if given is not None:
         raise ConfigurationError(
             f"{given}; of sharded models those can be selected for whose trained parameters are all cut along their "
-            f"first dimension over a mesh of one dimension, that of the {group.size} processes, without a "
-            "MixedPrecisionPolicy (torch.autocast will do) and without offloading; shard it so, or use "
-            "DistributedDataParallel."
+            f"first dimension over a mesh of one dimension, that of the {group.size} processes, without offloading; "
+            "shard it so, or use DistributedDataParallel."
         )

@@ -61,9 +61,11 @@ class Spread(ABC):
         """Which of the parameters a process measures, and which rows of each (None: all). Not collective."""
 
     @abstractmethod
-    def gradient(self, measured: Contributions, weights: Tensor) -> dict[Parameter, Tensor] | None:
-        """The weighted gradient as far as it is held, from the contributions that were measured here, if these tell.
-        Not collective."""
+    def gradient(
+        self, measured: Contributions, parameters: Sequence[Parameter], weights: Tensor
+    ) -> dict[Parameter, Tensor] | None:
+        """The weighted gradient of these parameters as far as it is held, from the contributions that were measured
+        here, if these tell. Not collective."""
 
     def share(
         self,
@@ -122,7 +124,9 @@ class Replicas(Spread):
                 mine.append(i)
         return [(i, None) for i in sorted(mine)]
 
-    def gradient(self, measured: Contributions, weights: Tensor) -> dict[Parameter, Tensor] | None:
+    def gradient(
+        self, measured: Contributions, parameters: Sequence[Parameter], weights: Tensor
+    ) -> dict[Parameter, Tensor] | None:
         return None
 
     def _summed(self, own: Direction, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
