@@ -101,12 +101,17 @@ class Target:
             TargetError: no batch, no scalar loss, or a loss that reaches none of the parameters.
             NonFiniteError: g holds NaN or infinity.
         """
-        stale = self._gradient is None or self._gradient.keys() != parameters.keys()
+        cached = self._gradient or {}
+        stale = cached.keys() != parameters.keys()
+        if not stale and any(cached[name].shape != local(p).shape for name, p in parameters.items()):
+            raise TargetError(
+                "the target gradient of an earlier step has other shapes than the parameters; of a sharded model each "
+                "process keeps its shards of it; resume with as many processes as the run that saved it."
+            )
         if stale or self._age >= self.refresh:
             fresh = self._compute(model, parameters, company)
             if self.ema and not stale:
-                assert self._gradient is not None
-                fresh = {name: self.ema * self._gradient[name] + (1 - self.ema) * g for name, g in fresh.items()}
+                fresh = {name: self.ema * cached[name] + (1 - self.ema) * g for name, g in fresh.items()}
             self._gradient, self._age = fresh, 0
         self._age += 1
         assert self._gradient is not None
