@@ -18,9 +18,8 @@ from ftw.errors import ConfigurationError
 from ftw.fidelity import Total
 from ftw.gradients.base import GradientExtractor
 from ftw.gradients.company import ALONE, Company
-from ftw.optim_state.shards import is_dtensor
 from ftw.processes.group import Group
-from ftw.processes.sharding import Shards
+from ftw.processes.sharding import Shards, is_sharded_model
 from ftw.processes.spread import Replicas, Spread
 
 POOLS = ("global", "local")
@@ -54,7 +53,7 @@ class Setting:
                 "the model is in a FullyShardedDataParallel (FSDP1), whose layers do not hold their own parameters; "
                 "use fully_shard (FSDP2) or DistributedDataParallel."
             )
-        if any(map(is_dtensor, model.parameters())):
+        if is_sharded_model(model):
             self.shards = self._shards(model)
         self.spread: Spread | None = None
         if self.group is not None and self.pools:

@@ -22,7 +22,7 @@ from ftw.gradients.base import Contributions
 from ftw.gradients.company import Company, Forward
 from ftw.gradients.pieces import as_rows
 from ftw.modes import all_finite
-from ftw.optim_state.shards import is_dtensor, is_sharded, local
+from ftw.optim_state.shards import is_dtensor, local
 from ftw.processes.group import Group, buckets
 from ftw.processes.spread import Direction, Spread
 
@@ -39,6 +39,7 @@ class Shards(Spread, Company):
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(group)
         self._units = _units(model)
+        self.end_forwards()
         _check(model, self._units, group)
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -231,6 +232,11 @@ def _buckets(parameters: Iterable[Parameter]) -> Iterable[list[Parameter]]:
     return buckets({p: p for p in parameters})
 
 
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether parameters are, or will be between forwards, DTensors."""
+    return bool(_units(model)) or any(map(is_dtensor, model.parameters()))
+
+
 def _units(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on."""
     module = sys.modules.get("torch.distributed.fsdp")  # slow to import, and not there where it is not used
@@ -247,24 +253,24 @@ def _groups(units: Sequence[Any]) -> list[Any]:
 
 
 def _check(model: nn.Module, units: Sequence[Any], group: Group) -> None:
+    parts = _groups(units)
+    known = {each.sharded_param for part in parts for each in part.fsdp_params}
     given: str | None = None
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if not is_sharded(p):
-            given = f"{name} is trained and not sharded"
+        if p not in known:
+            given = f"{name} is trained and not sharded by fully_shard"
             break
         assert is_dtensor(p)
-        mesh = p.device_mesh
+        mesh, placement = p.device_mesh, p.placements[0]
         if mesh.ndim != 1 or mesh.size() != group.size or mesh.get_local_rank() != group.rank:
             given = f"{name} is spread over a mesh of shape {tuple(mesh.shape)}"
             break
-        if not p.placements[0].is_shard(0) or type(p.placements[0]).__name__ != "Shard":
-            given = f"{name} is cut by {p.placements[0]}"
+        if not placement.is_shard(0) or type(placement).__name__ != "Shard":
+            given = f"{name} is cut by {placement}"
             break
-    offloaded = [
-        part.offload_policy for part in _groups(units) if type(part.offload_policy).__name__ != "OffloadPolicy"
-    ]
+    offloaded = [part.offload_policy for part in parts if type(part.offload_policy).__name__ != "OffloadPolicy"]
     if offloaded:
         given = f"fully_shard was given {offloaded[0]}"
     if given is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ class Spread(ABC):
         result = []
         for i, rows in self.measured(parameters, rank):
             for piece in of_candidates(contributions.pieces(parameters[i]), chosen, first):
-                result.append((i, piece if rows is None else piece.cut(rows)))
+                part = piece if rows is None else piece.cut(rows)
+                result.append((i, part if rank == self.group.rank else smaller(part)))
         return result
 
 
@@ -137,3 +139,9 @@ def no_candidates(parameter: Parameter) -> Dense:
     """A piece of nobody's to what this process holds of a parameter."""
     shape, dtype = tuple(as_rows(local(parameter)).shape), torch.promote_types(parameter.dtype, torch.float32)
     return Dense(0, shape, dtype, torch.zeros(0, *shape, dtype=dtype, device=parameter.device))
+
+
+def smaller(piece: Piece) -> Piece:
+    """Written out, where that takes fewer bytes: cut to some rows, factors have their inputs whole all the same."""
+    written_out = piece.count * prod(piece.shape) * piece.dtype.itemsize
+    return piece.dense() if written_out < piece.nbytes else piece

@@ -130,6 +130,8 @@ def train(selector: ftw.Selector, kind: str, ranks: Sequence[int], share: int = 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         selector.optimizer.step()
         selector.optimizer.zero_grad()
+        with torch.no_grad():  # FSDP keeps the outermost unit whole after it
+            seen_loss = float(loss(model, make(2, 3000)))
         seen = selector.fidelity
         found.append(
             {
@@ -138,10 +140,14 @@ def train(selector: ftw.Selector, kind: str, ranks: Sequence[int], share: int = 
                 "drop": selection.predicted_drop,
                 "alignment": selection.diagnostics["alignment"].tolist(),
                 "norm": float(whole(norm)),
+                "loss": seen_loss,
                 "fidelity": [] if seen is None else [seen.realised_drop, seen.cosine, seen.applied],
                 "sent": selection.diagnostics.get("sent_bytes"),
             }
         )
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
     return {"steps": found, "parameters": numbers_of(model)}
 
 
@@ -420,6 +426,7 @@ def refused(rank: int) -> dict[str, str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
     from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     plane = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copy", "shard"))
     partly = MLP()
@@ -436,6 +443,9 @@ def refused(rank: int) -> dict[str, str]:
         "plane": lambda: sharded(MLP(), mesh=plane),
         "columns": lambda: sharded(MLP(8, 4), shard_placement_fn=lambda p: Shard(p.dim() - 1)),
         "partly": lambda: partly,
+        "tensor parallel": lambda: parallelize_module(
+            MLP(), init_device_mesh("cpu", (2,)), {"first": ColwiseParallel()}
+        ),
         "flat": lambda: FullyShardedDataParallel(MLP(), device_id=torch.device("cpu")),
     }
     found |= {name: said(lambda make=make: small(rank, make())) for name, make in models.items()}  # type: ignore[misc]
@@ -475,7 +485,7 @@ def test_a_sharded_model_selects_as_one_process_does(which: str, tmp_path: Path)
 
 def assert_same(mine: dict[str, Any], theirs: Sequence[dict[str, Any]], name: str) -> None:
     """What one process found, and each of several."""
-    for key in ("indices", "weights", "drop", "alignment", "norm", "fidelity"):
+    for key in ("indices", "weights", "drop", "alignment", "norm", "loss", "fidelity"):
         for each in theirs:
             assert [s[key] for s in each["steps"]] == [s[key] for s in theirs[0]["steps"]], (name, key)
     for i, (own, found) in enumerate(zip(mine["steps"], theirs[0]["steps"], strict=True)):
@@ -485,6 +495,7 @@ def assert_same(mine: dict[str, Any], theirs: Sequence[dict[str, Any]], name: st
         assert found["alignment"] == pytest.approx(own["alignment"], rel=0, abs=1e-9 * size), (name, i)
         assert found["drop"] == pytest.approx(own["drop"], rel=1e-8), (name, i)
         assert found["norm"] == pytest.approx(own["norm"], rel=1e-9), (name, i)
+        assert found["loss"] == pytest.approx(own["loss"], rel=1e-9), (name, i)
         assert found["fidelity"] == pytest.approx(own["fidelity"], rel=1e-6), (name, i)
     for each in theirs:
         assert each["parameters"] == theirs[0]["parameters"], name
@@ -604,7 +615,8 @@ def test_what_a_sharded_model_cannot_do_is_refused(others: list[Any]) -> None:
             ("offload", "CPUOffloadPolicy"),
             ("plane", "a mesh of shape (1, 2)"),
             ("columns", "is cut by S"),
-            ("partly", "is trained and not sharded"),
+            ("partly", "is trained and not sharded by fully_shard"),
+            ("tensor parallel", "is trained and not sharded by fully_shard"),
         ):
             assert given in found[name], (name, found[name])
             assert "without offloading" in found[name]
