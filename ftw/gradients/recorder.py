@@ -151,7 +151,7 @@ class Recorder:
         """
         if self._active:
             raise RecordingError("record() was entered inside record(); end the first block before the next.")
-        maps = candidate_maps(candidates)
+        maps = candidate_maps(candidates, nobody=self._company is not ALONE)
         if maps is not None and self.granularity == "token":
             raise ConfigurationError(
                 "candidates was given to a selector of granularity='token', whose candidates are the tokens "
