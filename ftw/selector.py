@@ -129,7 +129,8 @@ class Selector:
         pool: what the candidates of a step are where `torch.distributed` runs several processes: "global" (those of
             all of them: every process finds the same selection) or "local" (each decides alone, and the weighted
             gradients are averaged). Either way `apply()` leaves the same gradient on all, and nothing else must
-            synchronise it; a `DistributedDataParallel` model is given as it is. See docs/processes.md.
+            synchronise it; a `DistributedDataParallel` model is given as it is, and so is one under `fully_shard`
+            (FSDP2), "global" alone, whose shards of that gradient it leaves. See docs/processes.md.
         process_group: the data-parallel processes; default: all.
         check: audit identity and completeness in the first record.
         seed: of the generator that random filters draw from.

@@ -23,7 +23,7 @@ BUCKET_BYTES = 64 << 20
 
 
 class Group:
-    """Processes with a replica of the model each.
+    """Processes that train one model, each on data of its own.
 
     Args:
         group: of `torch.distributed`; None: all processes.
