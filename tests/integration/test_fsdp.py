@@ -274,22 +274,34 @@ def faults(rank: int) -> dict[str, Any]:
 
 
 def precisions(rank: int) -> dict[str, Any]:
-    """Layers that run in another precision than their parameters are kept in; a GradScaler."""
+    """Layers that run in another precision than their parameters are kept in, by policy or autocast; a GradScaler."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    policies = {
+        name: MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float64)
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    models = {name: sharded(MLP(), mp_policy=policy) for name, policy in policies.items()}
+    models["autocast"] = sharded(MLP().float())  # with the same numbers
     found: dict[str, Any] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float64)
-        selector = small(rank, sharded(MLP(), mp_policy=policy))
+    for name, model in models.items():
+        cast = single if name == "autocast" else dict
+
+        def loss(model: nn.Module, batch: Batch, cast: Callable[[Batch], Batch] = cast) -> Tensor:
+            return squares(model, cast(batch))
+
+        selector = small(rank, model, loss_fn=loss, warmup=1)
+        steps = []
         for number in range(2):
-            record(selector, rows_of(number + 5 * rank))
+            with selector.record(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "autocast"):
+                loss(model, rows_of(number + 5 * rank)).backward()
             selection = selector.apply()
             step(selector)
-        found[name] = {"weights": selection.weights.tolist(), "parameters": numbers_of(selector.model)}
+            steps.append([selection.diagnostics["alignment"].tolist(), selection.weights.tolist()])
+        found[name] = {"steps": steps, "parameters": numbers_of(model)}
         selector.close()
-    selector = small(
-        rank, sharded(MLP(dtype=torch.float32)), loss_fn=lambda model, batch: squares(model, single(batch))
-    )
+    model = sharded(MLP(dtype=torch.float32))
+    selector = small(rank, model, loss_fn=lambda model, batch: squares(model, single(batch)))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     found["scaled"] = []
     for number in range(3):
@@ -550,11 +562,15 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_other_precisions_of_a_sharded_model(others: list[Any]) -> None:
     first, second = (each["precisions"] for each in others)
     assert first == second
-    weights, parameters = of_one(2)
-    assert first["float32"]["weights"] == pytest.approx(weights[-1], abs=1e-4)
-    for one, other in zip(parameters, first["float32"]["parameters"], strict=True):
-        assert other == pytest.approx(one, abs=1e-6)
-    assert sum(first["bfloat16"]["weights"]) == pytest.approx(8)
+    selector = alone(warmup=1)
+    record(selector, rows_of(0), 2)
+    record(selector, rows_of(5), 2)
+    selection = selector.apply()
+    alignment = selection.diagnostics["alignment"].tolist()
+    size = max(map(abs, alignment))
+    assert first["float32"]["steps"][0][1] == pytest.approx(selection.weights.tolist(), abs=1e-5)
+    for name, error in (("float32", 1e-6), ("bfloat16", 3e-2), ("autocast", 3e-2)):  # of each 8 bits, or 24
+        assert first[name]["steps"][0][0] == pytest.approx(alignment, rel=0, abs=error * size), name
     assert first["scaled"] == [["optimal", 2.0**10, 1], ["overflow", 2.0**9, 1], ["optimal", 2.0**9, 2]]
 
 
