@@ -165,8 +165,7 @@ def _parts(
     groups = groups_of(optimizer, contributions.parameters)
     alike: dict[Any, list[_Rows]] = {}
     for p in contributions.parameters:
-        theta = p.detach()
-        state = preconditioner.prepare(theta, groups[p], state_of(optimizer, p))
+        theta, state = preconditioner.held(p, groups[p], state_of(optimizer, p))
         others = tuple(g[p] for g in further)
         whole = _Rows(p, theta, target[p], others, residual.get(p), total.get(p), groups[p], state)
         hessian = None if curvature is None else curvature.operator(p)

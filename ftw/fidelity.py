@@ -8,7 +8,7 @@ the parameters as well. Made by the selector for the steps that are watched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,13 @@ from torch.optim import Optimizer
 
 from ftw.errors import ConfigurationError
 from ftw.optim_state.base import direction
+from ftw.optim_state.shards import local
 from ftw.problem import Selection
 
 Displacement = dict[Parameter, Tensor]
+
+Total = Callable[[Sequence[float]], Sequence[float]]
+"""Of a model that is spread over several processes: see `ftw.processes.spread.Spread.total`."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Watcher:
         parameters: those that take part, in a fixed order.
         loss: the target's loss on the batch that g came from, without gradient.
         told: called with every result.
+        total: sums over what this process holds of the parameters -> sums over all of it.
     """
 
     def __init__(
@@ -144,8 +149,9 @@ class Watcher:
         parameters: Callable[[], Iterable[Parameter]],
         loss: Callable[[], float],
         told: Callable[[Fidelity], None],
+        total: Total | None = None,
     ) -> None:
-        self._parameters, self._loss, self._told = parameters, loss, told
+        self._parameters, self._loss, self._told, self._total = parameters, loss, told, total
         self._expected: Expectation | None = None
         self._closures = 0  # that ran within this step
         self._seen: tuple[float, float, dict[Parameter, Tensor], Displacement] | None = None
@@ -192,15 +198,15 @@ class Watcher:
         if expected is None or (found_inf is not None and bool(found_inf)):
             return
         scale = getattr(optimizer, "grad_scale", None)
-        gradient = {p: p.grad.detach() for p in self._parameters() if p.grad is not None}
+        gradient = {p: local(p.grad.detach()) for p in self._parameters() if p.grad is not None}
         if scale is not None:
             gradient = {p: g / scale for p, g in gradient.items()}
-        applied = total_norm(gradient.values()) / expected.norm if expected.norm else 1.0
+        applied = total_norm(gradient.values(), self._total) / expected.norm if expected.norm else 1.0
         before: dict[Parameter, Tensor] = {}
         displacement: Displacement = {}
         if expected.displacement is not None:
             displacement = expected.displacement(gradient)
-            before = {p: p.detach().clone() for p in displacement}
+            before = {p: local(p.detach()).clone() for p in displacement}
         self._seen = self._loss(), applied, before, displacement
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -214,11 +220,13 @@ class Watcher:
         first, drop = expected.predicted(applied)
         cosine = error = math.nan
         if before:
-            real = {p: p.detach() - old for p, old in before.items()}
-            size, foreseen = total_norm(real.values()), total_norm(predicted.values())
+            real = {p: local(p.detach()) - old for p, old in before.items()}
+            size, foreseen = total_norm(real.values(), self._total), total_norm(predicted.values(), self._total)
             inner = sum(float((predicted[p].double() * real[p].double()).sum()) for p in real)
+            if self._total is not None:
+                (inner,) = self._total([inner])
             cosine = inner / (size * foreseen) if size and foreseen else math.nan
-            error = total_norm([predicted[p] - real[p] for p in real]) / size if size else math.nan
+            error = total_norm([predicted[p] - real[p] for p in real], self._total) / size if size else math.nan
         self._told(
             Fidelity(
                 step=int(expected.selection.diagnostics["step"]),
@@ -232,6 +240,7 @@ class Watcher:
         )
 
 
-def total_norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm of all numbers together."""
-    return float(torch.nn.utils.get_total_norm(list(tensors)))
+def total_norm(tensors: Iterable[Tensor], total: Total | None = None) -> float:
+    """Euclidean norm of all numbers together, those that other processes hold included."""
+    norm = float(torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors]))
+    return norm if total is None else math.sqrt(total([norm**2])[0])

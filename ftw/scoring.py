@@ -55,8 +55,7 @@ def updates(
     parameters = list(parameters)
     groups = groups_of(optimizer, parameters)
     for p in parameters:
-        theta = p.detach()
-        state = preconditioner.prepare(theta, groups[p], state_of(optimizer, p))
+        theta, state = preconditioner.held(p, groups[p], state_of(optimizer, p))
         seen: Tensor | None = target[p]
         extra = None if residual is None else residual.get(p)
         if preconditioner.structure == "scalar" or (reference == "previous" and state):

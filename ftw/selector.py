@@ -34,6 +34,7 @@ from ftw.gradients.rules import LayerRule, rules_for
 from ftw.modes import all_finite
 from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
+from ftw.optim_state.shards import local
 from ftw.optim_state.wrappers import unwrapped
 from ftw.problem import Selection, Status, as_entries
 from ftw.processes.decide import decide_together
@@ -128,7 +129,8 @@ class Selector:
         pool: what the candidates of a step are where `torch.distributed` runs several processes: "global" (those of
             all of them: every process finds the same selection) or "local" (each decides alone, and the weighted
             gradients are averaged). Either way `apply()` leaves the same gradient on all, and nothing else must
-            synchronise it; a `DistributedDataParallel` model is given as it is. See docs/processes.md.
+            synchronise it; a `DistributedDataParallel` model is given as it is, and so is one under `fully_shard`
+            (FSDP2), "global" alone, whose shards of that gradient it leaves. See docs/processes.md.
         process_group: the data-parallel processes; default: all.
         check: audit identity and completeness in the first record.
         seed: of the generator that random filters draw from.
@@ -252,14 +254,6 @@ class Selector:
         else:
             self.target = Target(target, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
         self._processes = Setting(model, pool, process_group)
-        self._processes.check(
-            extractor=gradients,
-            curvature=curvature,
-            granularity=granularity,
-            memory_cap=memory_cap,
-            uncovered=uncovered,
-            watched=bool(watch) or isinstance(trust, TrustRegion),
-        )
         self.model = model = self._processes.model
         self._given = optimizer
         optimizer = self.optimizer
@@ -298,6 +292,18 @@ class Selector:
             else registry.resolve("optim_state", preconditioner)
         )
         self.preconditioner.check(optimizer)
+        self._processes.check(
+            extractor=gradients,
+            curvature=curvature,
+            granularity=granularity,
+            memory_cap=memory_cap,
+            uncovered=uncovered,
+            watched=bool(watch) or isinstance(trust, TrustRegion),
+            residual=residual,
+            lean=lean,
+            preconditioner=self.preconditioner,
+            parameters=[p for group in optimizer.param_groups for p in group["params"]],
+        )
         self._recorder = Recorder(
             model,
             lambda: [p for group in optimizer.param_groups for p in group["params"]],
@@ -309,10 +315,12 @@ class Selector:
             rules=rules_for(functional),
             granularity=granularity,
             memory_cap=memory_cap,
+            company=self._processes.company,
         )
         self._watcher: Watcher | None = None
         if watch or self._trust_region is not None:
-            self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn)
+            held = self._processes.total
+            self._watcher = Watcher(optimizer, lambda: self._recorder.parameters, self._target_loss, self._learn, held)
         about = {
             "preset": preset,
             "optimizer": type(optimizer).__name__,
@@ -554,11 +562,11 @@ class Selector:
         return decided
 
     def _decide_window(self) -> Decided:
-        group = self._processes.group
+        group, spread = self._processes.group, self._processes.spread
         if group is None:
             decided = self._decide_alone(self._coming_step())
-        elif self._processes.pools:
-            decided = decide_together(self._coming_step(), group)
+        elif spread is not None:
+            decided = decide_together(self._coming_step(), spread)
         else:
             with group.together("deciding about its own candidates"):
                 step = self._coming_step()
@@ -644,7 +652,7 @@ class Selector:
         if self._g is None:
             names = {name: p for p, name in self._recorder.parameters.items()}
             with self._processes.together("working out its target's gradient"), self._recorder.autocast():
-                g = self.target.gradient(self.model, names)
+                g = self.target.gradient(self.model, names, self._processes.company)
             several = self.target if isinstance(self.target, Targets) else None
             self._further = [] if several is None else several.gradients
             if self._processes.pools and several is not None:
@@ -710,11 +718,13 @@ class Selector:
             return
         written = [p.grad / self._loss_scale for p in self._recorder.parameters if p.grad is not None]
         displacement = displacement_of(self._coming_step(), decided) if watched else None
-        self._watcher.expect(Expectation(selection, self.policy.trust, total_norm(written), displacement))
+        norm = total_norm(written, self._processes.total)
+        self._watcher.expect(Expectation(selection, self.policy.trust, norm, displacement))
 
     def _target_loss(self) -> float:
         with self._processes.together("working out its target's loss"), self._recorder.autocast():
             loss = self.target.loss(self.model)
+        self._processes.company.end_forwards()
         return self._processes.mean_number(loss, self.target.rows) if self._processes.pools else loss
 
     def _learn(self, fidelity: Fidelity) -> None:
@@ -735,14 +745,16 @@ class Selector:
                 own = self._gradients(decided)
                 if self.uncovered == "ignore":
                     unweighted = {p: p.grad for p in self._recorder.uncovered if p.grad is not None}
-                    own |= {p: gradient / self._processes.share for p, gradient in unweighted.items()}
+                    own |= self._processes.parts(unweighted)
             # A gradient that the decision was read from is the sum over processes already.
             summed = self._processes.pools and decided.gradient is not None
             order = [*(() if summed else self._recorder.parameters), *self._recorder.uncovered]
             gradients = self._processes.averaged(own, order)
             decided.selection.diagnostics["sent_bytes"] = group.take_sent()
-            routine = any(group.gather(self._scaled)) or decided.selection.status == Status.OVERFLOW
-            if not routine and not all_finite(g for g in gradients.values() if g is not None):
+            finite = all_finite(local(g) for g in gradients.values() if g is not None)
+            said = group.gather([self._scaled, finite])
+            routine = any(scaled for scaled, _ in said) or decided.selection.status == Status.OVERFLOW
+            if not routine and not all(finite for _, finite in said):
                 raise NonFiniteError(
                     "the sum of the processes' weighted gradients overflows; it was not written; discard() this step "
                     "on all of them, and lower the loss or the cap."

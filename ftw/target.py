@@ -15,7 +15,9 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import ConfigurationError, NonFiniteError, TargetError
+from ftw.gradients.company import ALONE, Company
 from ftw.modes import all_finite, evaluating, parked_gradients
+from ftw.optim_state.shards import local
 
 Snapshot = tuple[int, int, dict[str, Tensor] | None, int, list[Any] | None, float]
 
@@ -84,21 +86,32 @@ class Target:
         self._consumed = 0  # batches that made the present gradient
         self._present: list[Any] | None = None  # those batches, where they are at hand
         self.rows = 0.0
-        """Samples that the present gradient is the mean of, old ones of an average left aside."""
+        """Own samples that the present gradient is the mean of, old ones of an average left aside."""
 
-    def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
+    def gradient(
+        self, model: nn.Module, parameters: Mapping[str, Parameter], company: Company = ALONE
+    ) -> dict[Parameter, Tensor]:
         """g for this step, parameter -> tensor of its shape and dtype; zero where the loss does not reach.
+
+        Args:
+            company: of the processes that a sharded model is spread over: g is then of the batches of all, and each
+                process gets its shards of it.
 
         Raises:
             TargetError: no batch, no scalar loss, or a loss that reaches none of the parameters.
             NonFiniteError: g holds NaN or infinity.
         """
-        stale = self._gradient is None or self._gradient.keys() != parameters.keys()
+        cached = self._gradient or {}
+        stale = cached.keys() != parameters.keys()
+        if not stale and any(cached[name].shape != local(p).shape for name, p in parameters.items()):
+            raise TargetError(
+                "the target gradient of an earlier step has other shapes than the parameters; of a sharded model each "
+                "process keeps its shards of it; resume with as many processes as the run that saved it."
+            )
         if stale or self._age >= self.refresh:
-            fresh = self._compute(model, parameters)
+            fresh = self._compute(model, parameters, company)
             if self.ema and not stale:
-                assert self._gradient is not None
-                fresh = {name: self.ema * self._gradient[name] + (1 - self.ema) * g for name, g in fresh.items()}
+                fresh = {name: self.ema * cached[name] + (1 - self.ema) * g for name, g in fresh.items()}
             self._gradient, self._age = fresh, 0
         self._age += 1
         assert self._gradient is not None
@@ -152,21 +165,22 @@ class Target:
         """Undo to the last snapshot; batches delivered since will be delivered again."""
         self._position, self._age, self._gradient, self._consumed, self._present, self.rows = snapshot
 
-    def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    def _compute(self, model: nn.Module, parameters: Mapping[str, Parameter], company: Company) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
-        rows = 0.0
+        rows = own = 0.0
         begun = self._position
         present: list[Any] | None = None if self.batches_per_refresh == "all" else []
-        for batch in self._next_batches():
+        for batch, weight, factor in company.weighted(self._next_batches(), lambda batch: float(_rows(batch))):
             if present is not None:
                 present.append(batch)
-            weight = float(_rows(batch))
-            for name, grad in zip(parameters, self._backward(model, batch, list(parameters.values())), strict=True):
+            grads = self._backward(model, batch, list(parameters.values()), factor)
+            for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     total[name] = grad * weight if name not in total else total[name].add_(grad, alpha=weight)
             rows += weight
+            own += float(_rows(batch))
         self._consumed = self._position - begun
-        self.rows = rows
+        self.rows = own
         self._present = present
         if not total:
             raise TargetError(
@@ -175,7 +189,7 @@ class Target:
             )
         result = {}
         for name, p in parameters.items():
-            result[name] = total[name].div_(rows) if name in total else torch.zeros_like(p)
+            result[name] = total[name].div_(rows) if name in total else torch.zeros_like(local(p))
         if not all_finite(result.values()):
             name = next(name for name, g in result.items() if not all_finite([g]))
             raise NonFiniteError(
@@ -184,7 +198,9 @@ class Target:
             )
         return result
 
-    def _backward(self, model: nn.Module, batch: Any, parameters: list[Parameter]) -> Sequence[Tensor | None]:
+    def _backward(
+        self, model: nn.Module, batch: Any, parameters: list[Parameter], factor: float
+    ) -> Sequence[Tensor | None]:
         # A plain backward, with p.grad out of the way: autograd.grad passes by what checkpointing recomputes.
         devices = {p.device for p in parameters if p.device.type == "cuda"}
         with (
@@ -199,8 +215,9 @@ class Target:
                     f"the target's loss function returned {_describe(loss)}; a scalar tensor with a gradient is "
                     "needed; pass loss_fn(model, batch) that returns the mean loss, or batches with labels."
                 )
-            loss.reshape(()).backward()
-            return [p.grad for p in parameters]
+            loss = loss.reshape(())
+            (loss if factor == 1.0 else loss * factor).backward()
+            return [None if p.grad is None else local(p.grad) for p in parameters]
 
     def _next_batches(self) -> Iterator[Any]:
         if self.batches_per_refresh == "all":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ftw.errors import ConfigurationError, NonFiniteError, TargetError
+from ftw.gradients.company import ALONE, Company
 from ftw.target import LossFunction, Target
 
 
@@ -61,12 +62,14 @@ class Targets:
         """Of the targets, in their order."""
         return list(self.each)
 
-    def gradient(self, model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[Parameter, Tensor]:
+    def gradient(
+        self, model: nn.Module, parameters: Mapping[str, Parameter], company: Company = ALONE
+    ) -> dict[Parameter, Tensor]:
         """`sum_j weight_j g_j`; raises as `Target.gradient`, with the target's name."""
         self.gradients = []
         for name, target in self.each.items():
             try:
-                self.gradients.append(target.gradient(model, parameters))
+                self.gradients.append(target.gradient(model, parameters, company))
             except (TargetError, NonFiniteError) as error:
                 raise type(error)(f"target {name!r}: {error}") from error
         return self.mean(self.gradients)

@@ -1,13 +1,11 @@
-"""Checks that what was recorded is complete and belongs to whom it is ascribed. Called by the recorder.
+"""Checks that what was recorded belongs to whom it is ascribed. Called by the recorder.
 
-Completeness, `sum_i c_i == p.grad`, proves that nothing was missed (tied heads, a weight used outside its layer, a
-layer called twice) but is blind to rows mixed up; identity proves the rest (DESIGN, section 3.2).
+Completeness (`ftw.gradients.completeness`) is blind to rows mixed up; identity proves the rest (DESIGN, section 3.2).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -15,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ftw.errors import CandidateLayoutError, CompletenessError
-from ftw.gradients.base import Contributions
+from ftw.errors import CandidateLayoutError
 from ftw.gradients.layout import Layout
-from ftw.gradients.pieces import Piece
 from ftw.modes import evaluating
 
 if TYPE_CHECKING:
@@ -69,68 +64,13 @@ def refuse_packed(kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def leftover(
-    pieces: Mapping[Parameter, Sequence[Piece]],
-    dropped: Mapping[Parameter, Tensor],
-    formed: Mapping[Parameter, Tensor],
-    precision: float,
-) -> dict[Parameter, Tensor]:
-    """Gradient that autograd formed and no candidate owns, where it exceeds rounding.
-
-    Args:
-        pieces: recorded in the block.
-        dropped: sums, as rows, of those that were not kept.
-        formed: p.grad made in the block, by autograd, without lean mode.
-        precision: the coarsest machine epsilon among the gradients that were recorded.
-
-    A parameter whose gradient is not finite is passed over; the recorder repeats the audit in the next block.
-    """
-    present = {p: list(kept) for p, kept in pieces.items() if kept}
-    count = max((piece.start + piece.count for kept in present.values() for piece in kept), default=0)
-    sums = Contributions(present, count).combine()
-    for p, total in dropped.items():
-        sums[p] = sums.get(p, torch.zeros_like(p)) + total.view(p.shape).to(p.dtype)
-    norms = [float(g.norm()) for g in formed.values()]
-    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
-    left = {}
-    for p in formed.keys() | sums.keys():
-        grad, found = formed.get(p, torch.zeros_like(p)), sums.get(p, torch.zeros_like(p))
-        rest = grad - found
-        size = max(float(grad.norm()), float(found.norm()))
-        if not math.isfinite(size):
-            continue
-        # Sums in another order than autograd's differ by some hundred roundings; half precision rounds the gradient
-        # itself, to some 0.3 % of its norm. The second term is for gradients that vanish but for rounding.
-        eps = max(precision, torch.finfo(p.dtype).eps)
-        if float(rest.norm()) > min(1e3 * eps, 0.02) * size + 10 * eps * largest:
-            left[p] = rest
-    return left
-
-
-def completeness_error(
-    left: Mapping[str, Tensor], formed: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]
-) -> CompletenessError:
-    """The error for gradient without an owner, naming the parameters and how much of their gradient it is."""
-    total = {names[p]: grad for p, grad in formed.items()}
-    shares = []
-    for name, rest in left.items():
-        whole = float(total[name].norm()) if name in total else 0.0
-        shares.append(f"{name} ({float(rest.norm()):.3g} of {whole:.3g})")
-    return CompletenessError(
-        f"contributions do not add up to the gradient of {len(shares)} parameters: {', '.join(shares[:5])}"
-        f"{' ...' if len(shares) > 5 else ''}; all gradient must flow through recorded calls of their layers; either a "
-        "weight is used outside its layer's forward (a functional or fused call), or the loss has a term that no "
-        "candidate owns (a regulariser): pass residual='keep' to add such a gradient unweighted, or freeze the "
-        "parameter."
-    )
-
-
 def check_identity(
     model: nn.Module,
     layers: Sequence[TappedLayer],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     layout: Layout,
+    forward: Callable[..., Any] | None = None,
 ) -> bool:
     """Raise `CandidateLayoutError` unless candidate i's part of every tapped layer's input depends on i alone.
 
@@ -138,25 +78,29 @@ def check_identity(
     binary; for each digit, those with a 1 are exchanged for other data, then those with a 0: whatever
     permutation or mixture a layer sees, one of these 2 log2(n) forwards moves a candidate that should have stayed.
 
+    Args:
+        forward: runs the model; default: the model itself.
+
     Returns:
         Whether every candidate of every layer did move when it was exchanged; otherwise (constant or
         duplicate rows) nothing is proved yet.
     """
+    forward = model if forward is None else forward
     leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if _is_batched(leaf, layout.rows)]
     depths = {leaf.dim() for leaf in leaves}
     with _quiet(model):
-        base = _fingerprints(model, layers, args, kwargs, layout)
+        base = _fingerprints(forward, layers, args, kwargs, layout)
         try:
-            return _exchange_all(model, layers, base, args, kwargs, layout, least=1)
+            return _exchange_all(forward, layers, base, args, kwargs, layout, least=1)
         except CandidateLayoutError:
             if len(depths) < 2 or 1 not in depths:
                 raise
             # A vector as long as the batch by chance (positions, say) is no batch: leave vectors alone.
-            return _exchange_all(model, layers, base, args, kwargs, layout, least=2)
+            return _exchange_all(forward, layers, base, args, kwargs, layout, least=2)
 
 
 def _exchange_all(
-    model: nn.Module,
+    forward: Callable[..., Any],
     layers: Sequence[TappedLayer],
     base: list[list[Tensor]],
     args: tuple[Any, ...],
@@ -172,7 +116,7 @@ def _exchange_all(
         for changed in (ones, ~ones):
             exchange = partial(_exchange, changed=changed, layout=layout, least=least, content=content)
             other_args, other_kwargs = tree_map(exchange, (args, dict(kwargs)))
-            after = _fingerprints(model, layers, other_args, other_kwargs, layout)
+            after = _fingerprints(forward, layers, other_args, other_kwargs, layout)
             for i, (layer, old, new) in enumerate(zip(layers, base, after, strict=True)):
                 moved[i] |= _compare(layer, old, new, changed, layout)
     telling = torch.tensor([_is_telling(layer, calls) for layer, calls in zip(layers, base, strict=True)])
@@ -245,7 +189,7 @@ def _exchange(leaf: Any, changed: Tensor, layout: Layout, least: int, content: T
 
 
 def _fingerprints(
-    model: nn.Module,
+    forward: Callable[..., Any],
     layers: Sequence[TappedLayer],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -281,7 +225,7 @@ def _fingerprints(
         for layer in layers
     ]
     try:
-        model(*args, **kwargs)
+        forward(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ the selector asks it for the weighted gradient. DESIGN, sections 3.1, 3.3, 3.5.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -106,15 +106,14 @@ class Contributions:
     def side_by_side(self, parameters: Sequence[Parameter]) -> Block:  # memory (n + SPARE, sum of numel)
         """Several small parameters, each flattened, as one block."""
         first = self._pieces[parameters[0]][0]
-        memory = torch.empty(
-            (self.count + SPARE, sum(p.numel() for p in parameters)), dtype=first.dtype, device=first.device
-        )
+        sizes = [prod(self._pieces[p][0].shape) for p in parameters]
+        memory = torch.empty((self.count + SPARE, sum(sizes)), dtype=first.dtype, device=first.device)
         at = 0
-        for p in parameters:
+        for p, size in zip(parameters, sizes, strict=True):
             kept = self._pieces[p]
-            part = memory[: self.count, at : at + p.numel()].unflatten(1, kept[0].shape)
+            part = memory[: self.count, at : at + size].unflatten(1, kept[0].shape)
             self._write(kept, part, slice(0, kept[0].shape[0]))
-            at += p.numel()
+            at += size
         return Block(slice(0, at), memory)
 
     def blocks(self, parameter: Parameter, *, split: bool = True, structure: str = "any") -> Iterator[Block]:
@@ -231,11 +230,14 @@ class Contributions:
                 result += (root @ root.T).to("cpu", torch.float64)
         return result
 
-    def combine(self, weights: Tensor | None = None) -> dict[Parameter, Tensor]:
+    def combine(
+        self, weights: Tensor | None = None, parameters: Iterable[Parameter] | None = None
+    ) -> dict[Parameter, Tensor]:
         """`sum_i w_i c_i` for every recorded parameter, in the parameter's shape and dtype.
 
         Args:
             weights: (n,); None: all 1. Candidates of weight 0 and quarantined ones are not read.
+            parameters: those wanted; default: all.
         """
         if weights is not None and weights.shape != (self.count,):
             raise ConfigurationError(
@@ -246,7 +248,8 @@ class Contributions:
             weights[list(self.excluded)] = 0.0
         if weights is not None and bool((weights == 1).all()):
             weights = None
-        return {p: self._combine(p, kept, weights) for p, kept in self._pieces.items()}
+        wanted = self._pieces if parameters is None else [p for p in parameters if p in self._pieces]
+        return {p: self._combine(p, self._pieces[p], weights) for p in wanted}
 
     def factors(self, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """Inputs (N, columns) and output gradients (N, rows) of a matrix at all N tokens, loss scale divided out.
@@ -272,7 +275,9 @@ class Contributions:
         total = torch.zeros(kept[0].shape, dtype=kept[0].dtype, device=parameter.device)
         for piece in kept:
             piece.add_combined(total, None if weights is None else weights[piece.start : piece.start + piece.count])
-        return total.view(parameter.shape).to(parameter.dtype)
+        # Pieces may be those of some of the parameter's rows alone (`Piece.cut`).
+        shape = (-1, *parameter.shape[1:]) if parameter.dim() else ()
+        return total.view(shape).to(parameter.dtype)
 
     def reached(self) -> Tensor:  # (n,) bool
         """Which candidates have any gradient at all; padding has none."""

@@ -6,7 +6,7 @@ Called by the recorder (`find_layers`) and by `selector.coverage()` (`describe`)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from ftw.errors import CoverageError
 from ftw.gradients.rules import RULES, LayerRule
+from ftw.optim_state.shards import is_dtensor, shape_of
 
 UNCOVERED = ("error", "scale", "ignore")
 
@@ -27,23 +28,36 @@ class TappedLayer:
     module: nn.Module
     rule: LayerRule
     parameters: Mapping[str, Parameter]
+    _taken: list[tuple[Any, str, Any]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def detach(self) -> None:
         """Give the layer detached parameters, so that autograd forms no gradient of its own ones."""
-        for owner, key, p in self._places():
+        for owner, key, p in self.places():
             owner._parameters[key] = p.detach()
+            self._taken.append((owner, key, p))
 
     def put_back(self) -> None:
         """Give the layer its own parameters again."""
-        for owner, key, p in self._places():
+        while self._taken:
+            owner, key, p = self._taken.pop()
             owner._parameters[key] = p
 
-    def _places(self) -> list[tuple[Any, str, Parameter]]:
+    def places(self) -> list[tuple[Any, str, Any]]:
+        """Where the layer looks its parameters up (owner and key), and what stands there: of sharded ones (FSDP2) the
+        whole, while the layer runs."""
         found = []
-        for name, p in self.parameters.items():
+        for name in self.parameters:
             path, _, key = name.rpartition(".")
-            found.append((self.module.get_submodule(path) if path else self.module, key, p))
+            owner: Any = self.module.get_submodule(path) if path else self.module
+            found.append((owner, key, owner._parameters[key]))
         return found
+
+    def whole(self) -> dict[str, Any]:
+        """The parameters by name, of sharded ones the whole; where that is not at hand, its form without numbers."""
+        if not any(map(is_dtensor, self.parameters.values())):
+            return dict(self.parameters)
+        held = zip(self.parameters, self.places(), strict=True)
+        return {name: shape_of(p) if is_dtensor(p) else p for name, (_, _, p) in held}
 
 
 @dataclass(frozen=True)

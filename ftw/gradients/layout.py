@@ -121,8 +121,11 @@ class Layout:
         return Tokens(None if ordered else order, bounds)
 
 
-def candidate_maps(candidates: Any) -> list[Tensor] | None:
+def candidate_maps(candidates: Any, *, nobody: bool = False) -> list[Tensor] | None:
     """The `candidates` argument of `record()`, checked: one map for each forward of the block, on the CPU.
+
+    Args:
+        nobody: whether a block may be without candidates: of a sharded model that has to run all the same.
 
     Raises:
         ConfigurationError: no map of rows or of tokens.
@@ -143,7 +146,7 @@ def candidate_maps(candidates: Any) -> list[Tensor] | None:
     maps = [each.long() for each in maps]
     largest = max((int(each.max()) for each in maps), default=-1)
     used = torch.cat([each.flatten() for each in maps]).unique() if maps else torch.zeros(0)
-    if largest < 0 or int(used.min()) < -1 or len(used[used >= 0]) <= largest:
+    if (largest < 0 and not (maps and nobody)) or int(used.min()) < -1 or len(used[used >= 0]) <= largest:
         missing = sorted(set(range(largest + 1)) - set(used.tolist()))[:5]
         raise ConfigurationError(
             f"candidates names {len(used[used >= 0])} candidates up to number {largest}"

@@ -35,7 +35,7 @@ class Piece(ABC):
 
     Laws, with `dense` the (count, *shape) tensor of all the piece's gradients:
     `add_rows` adds `dense[:, rows]`; `add_combined` adds `einsum("i,i...->...", weights, dense)`;
-    `alignment(d)` is `einsum("i...,...->i", dense, d)`.
+    `alignment(d)` is `einsum("i...,...->i", dense, d)`; `cut(rows)` has `dense[:, rows]`.
     """
 
     start: int
@@ -75,6 +75,10 @@ class Piece(ABC):
     @abstractmethod
     def only(self, members: Sequence[int]) -> Piece:
         """The piece of these candidates of the window, numbered anew in their order; zero for those it lacks."""
+
+    @abstractmethod
+    def cut(self, rows: slice) -> Piece:
+        """The piece of these rows alone, in a parameter of (stop - start, *shape[1:])."""
 
     @abstractmethod
     def reached(self) -> Tensor:  # (count,) bool
@@ -137,6 +141,10 @@ class Dense(Piece):
 
     def alignment(self, direction: Tensor) -> Tensor:
         return self.values.flatten(1) @ direction.to(self.dtype).flatten()
+
+    def cut(self, rows: slice) -> Dense:
+        values = self.values[:, rows]
+        return replace(self, shape=tuple(values.shape[1:]), values=values)
 
     def reached(self) -> Tensor:
         return self.values.flatten(1).any(1)
@@ -205,6 +213,12 @@ class TokenPiece(Piece):
     def reached(self) -> Tensor:
         alive = self.grads.flatten(1).any(1).to(torch.int32)
         return alive.new_zeros(self.count).index_add_(0, self.owners(), alive) > 0
+
+    def of_tokens(self, kept: Tensor) -> TokenPiece:
+        """The piece without the other tokens; `kept` (N,) bool."""
+        before = [0, *kept.cumsum(0).tolist()]
+        bounds = tuple(before[b] for b in self.bounds)
+        return replace(self, bounds=bounds, **{name: getattr(self, name)[kept] for name in self.tokenwise})
 
     def only(self, members: Sequence[int]) -> TokenPiece:
         bounds, spans = [0], []
@@ -298,6 +312,15 @@ class OuterProduct(TokenPiece):
         first, last = (int(torch.searchsorted(rows, edge)) for edge in (self.first_row, self.last_row))
         return out[:, first:last], rows[first:last] - self.first_row, False
 
+    def cut(self, rows: slice) -> TokenPiece:
+        first, last = max(rows.start, self.first_row), min(rows.stop, self.last_row)
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        if first >= last:  # of an expert elsewhere
+            nothing = replace(self, shape=shape, first_row=0, grads=self.grads[:, : shape[0]])
+            return nothing.of_tokens(torch.zeros(len(self.grads), dtype=torch.bool, device=self.device))
+        grads = self.grads[:, first - self.first_row : last - self.first_row]
+        return replace(self, shape=shape, first_row=first - rows.start, grads=grads)
+
     def add_combined(self, out: Tensor, weights: Tensor | None) -> None:
         out = out[self.first_row : self.last_row]
         if weights is None:
@@ -337,6 +360,10 @@ class Broadcast(TokenPiece):
         values = self.grads.view(self.count, each, *self.shape).sum(1, dtype=self.dtype)
         return Dense(self.start, self.shape, self.dtype, values if self.scale == 1.0 else values * self.scale)
 
+    def cut(self, rows: slice) -> Broadcast:
+        grads = self.grads[:, rows]
+        return replace(self, shape=tuple(grads.shape[1:]), grads=grads)
+
     def add_combined(self, out: Tensor, weights: Tensor | None) -> None:
         if weights is None:
             out.add_(self.grads.sum(0, dtype=self.dtype), alpha=self.scale)
@@ -372,6 +399,11 @@ class RowScatter(TokenPiece):
             inside = (position >= 0) & (self.row_of >= 0)
         target = self.owners()[inside] * out.shape[1] + position[inside]
         out.view(-1, *self.shape[1:]).index_add_(0, target, self.grads[inside].to(self.dtype), alpha=self.scale)
+
+    def cut(self, rows: slice) -> TokenPiece:
+        here = (self.row_of >= rows.start) & (self.row_of < rows.stop)
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return replace(self, shape=shape, row_of=self.row_of - rows.start).of_tokens(here)
 
     def add_combined(self, out: Tensor, weights: Tensor | None) -> None:
         row_of, grads, alpha = self.row_of, self.grads, self.scale

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ftw.arguments import one_of
 from ftw.errors import CandidateLayoutError, ConfigurationError, MemoryCapError, RecordingError
-from ftw.gradients import audit
+from ftw.gradients import audit, completeness
 from ftw.gradients.auto import Auto
 from ftw.gradients.base import Contributions, GradientExtractor
+from ftw.gradients.company import ALONE, Company
 from ftw.gradients.coverage import UNCOVERED, TappedLayer, find_layers
 from ftw.gradients.layout import Layout, candidate_maps
 from ftw.gradients.output_gradient import OutputGradient
@@ -33,7 +34,8 @@ from ftw.gradients.replay import replayed_output
 from ftw.gradients.rules import RULES, Call, LayerRule
 from ftw.gradients.tap import Tap
 from ftw.gradients.window import Forward, Window
-from ftw.modes import random_state
+from ftw.modes import all_finite, random_state
+from ftw.optim_state.shards import is_sharded, local
 
 RESIDUALS = ("error", "keep")
 GRANULARITIES = ("sample", "token")
@@ -61,6 +63,7 @@ class Recorder:
         granularity: "sample", or "token": every position of the model's (rows, T) input is a candidate.
         memory_cap: bound on the bytes that a window keeps: pieces, and what forwards need to be run again. Beyond it
             only alignments along `direction` are kept of the pieces.
+        company: of the processes that a sharded model (FSDP2) is spread over.
 
     Raises:
         CoverageError: a parameter belongs to a layer without a rule; the message names it and the ways out.
@@ -79,6 +82,7 @@ class Recorder:
         rules: Sequence[LayerRule] = RULES,
         granularity: str = "sample",
         memory_cap: int | None = None,
+        company: Company = ALONE,
     ) -> None:
         one_of("residual", residual, RESIDUALS)
         one_of("uncovered", uncovered, UNCOVERED)
@@ -89,6 +93,7 @@ class Recorder:
         self.residual_policy = residual
         self.granularity = granularity
         self.memory_cap = memory_cap
+        self._company = company
         self.direction: Mapping[Parameter, Tensor] | None = None
         self.autocast_state: tuple[str, torch.dtype] | None = None  # that the last forward ran in: device type, dtype
         self.autocast_known = False  # whether there was a forward
@@ -114,6 +119,7 @@ class Recorder:
         self._input_storages: set[int] = set()
         self._unowned: list[tuple[str, Tensor]] = []
         self._dropped: dict[Parameter, Tensor] = {}
+        self._whole: completeness.WholeGradients | None = None  # in an audited block
         self._scale = 1.0
         self._precision = 0.0
         self._completeness_due = self._identity_due = False
@@ -145,7 +151,7 @@ class Recorder:
         """
         if self._active:
             raise RecordingError("record() was entered inside record(); end the first block before the next.")
-        maps = candidate_maps(candidates)
+        maps = candidate_maps(candidates, nobody=self._company is not ALONE)
         if maps is not None and self.granularity == "token":
             raise ConfigurationError(
                 "candidates was given to a selector of granularity='token', whose candidates are the tokens "
@@ -162,6 +168,10 @@ class Recorder:
         for p in outside:
             p.grad = None
         self._active, self._auditing = True, self._completeness_due
+        if self._auditing:
+            self._whole = completeness.WholeGradients(
+                lambda p: self.window.pieces.get(p, [])[mark.pieces.get(p, 0) :], self._scale
+            )
         try:
             yield
             self._active = False
@@ -182,6 +192,9 @@ class Recorder:
             self._active, self._inside, self._call, self._maps = False, None, None, None
             self._prepare = None
             self._unowned, self._dropped = [], {}
+            if self._whole is not None:
+                self._whole.close()
+                self._whole = None
             # The layers' own hooks do it too, but not after an interrupt.
             for layer in self._layers:
                 layer.put_back()
@@ -298,10 +311,15 @@ class Recorder:
     def _audit_identity(self, layout: Layout) -> None:
         if self.granularity == "token":  # tokens of a row depend on each other; rows must not
             layout = Layout(layout.rows)
-        if self._call is None or layout.count < 2:
-            return  # a single candidate cannot be mixed up; look again when there are more
-        with self.autocast():
-            proved = audit.check_identity(self.model, self._layers, *self._call, layout)
+        # A single candidate cannot be mixed up: look again when there are more.
+        looks = self._call is not None and layout.count > 1
+        if not self._company.any(looks):
+            return
+        assert self._call is not None
+        args, kwargs = self._call
+        with self.autocast(), self._company.in_step(self.model, args, kwargs) as forward:
+            proved = not looks or audit.check_identity(self.model, self._layers, args, kwargs, layout, forward)
+        proved = self._company.all(proved)
         self._identity_due = not proved
         self._inconclusive += not proved
         if self._inconclusive == _ATTEMPTS:
@@ -320,9 +338,9 @@ class Recorder:
         if not self.window.forwards:
             self.window.residual.clear()
             names = {p: name for name, p in self.model.named_parameters()}
-            stale = [p for p in recorded if p.grad is not None and bool(p.grad.count_nonzero())]
+            stale = [p for p in recorded if p.grad is not None and bool(local(p.grad).count_nonzero())]
             overwritten = self.uncovered if self._uncovered_policy == "scale" else ()
-            lost = [p for p in overwritten if p.grad is not None and bool(p.grad.count_nonzero())]
+            lost = [p for p in overwritten if p.grad is not None and bool(local(p.grad).count_nonzero())]
             if lost or (stale and self.residual_policy == "error"):
                 stale = stale or lost
                 raise RecordingError(
@@ -342,23 +360,29 @@ class Recorder:
         """Compare what autograd formed with what was recorded; put p.grad back."""
         self._check_unowned()
         formed = {p: p.grad * self._scale for p in parked if p.grad is not None}
+        plain = {p: grad for p, grad in formed.items() if not is_sharded(p)}
         if self._auditing or not self.lean:
-            left = audit.leftover(new, self._dropped, formed, self._precision)
+            pieces = {p: kept for p, kept in new.items() if not is_sharded(p)}
+            left = completeness.leftover(pieces, self._dropped, plain, self._precision)
         else:  # autograd formed nothing for recorded calls; zeros are a term that vanishes
-            left = {p: grad for p, grad in formed.items() if bool(grad.count_nonzero())}
-        if left:
-            names = {p: name for name, p in self.model.named_parameters()}
-            if self.residual_policy == "error":
-                raise audit.completeness_error({names[p]: left[p] for p in left}, formed, names)
-            for p, rest in left.items():
-                self.window.residual[p] = self.window.residual[p] + rest if p in self.window.residual else rest
+            left = {p: grad for p, grad in plain.items() if bool(grad.count_nonzero())}
+        sizes = {p: (float(rest.norm()), float(formed[p].norm()) if p in formed else 0.0) for p, rest in left.items()}
+        # A sharded parameter gets no gradient where its layer was recorded: what it has came by other ways.
+        shards = {p: float(local(grad).norm()) for p, grad in formed.items() if is_sharded(p)}
+        sizes |= {p: (size, size) for p, size in shards.items() if size}
+        if self._whole is not None:
+            sizes |= self._whole.finish(list(parked), self._precision)
+        if sizes and (self.residual_policy == "error" or sizes.keys() - left.keys()):
+            raise completeness.completeness_error({self._parameters[p]: size for p, size in sizes.items()})
+        for p, rest in left.items():
+            self.window.residual[p] = self.window.residual[p] + rest if p in self.window.residual else rest
         for p, before in parked.items():
             if self.lean:
                 p.grad = before
             elif before is not None:
                 p.grad = before if p.grad is None else before + p.grad
         # An audit that saw nothing but faulty numbers has proved nothing: the next block is audited again.
-        if self._auditing and all(bool(torch.isfinite(grad).all()) for grad in formed.values()):
+        if self._whole is not None and self._whole.finite and all_finite(plain.values()):
             self._completeness_due = False
 
     def _check_unowned(self) -> None:
@@ -525,6 +549,8 @@ class Recorder:
             return None
         if self.lean and not self._auditing:
             layer.detach()
+        elif self._whole is not None:
+            self._whole.watch(layer)
         if self._inside is not None and args and isinstance(args[0], Tensor):
             # Positions, looked up once for all rows: look them up for each, so that each has its gradient.
             ids, rows = args[0], self._inside.layout.rows
@@ -595,7 +621,8 @@ class Recorder:
         )
         self._check_layout(layer, call, reached[0])
         wanted = {name: p for name, p in layer.parameters.items() if self.window.wants(p)}
-        for name, piece in layer.rule.pieces(call, wanted) if wanted else ():
+        whole = {name: p for name, p in layer.whole().items() if name in wanted}
+        for name, piece in layer.rule.pieces(call, whole) if wanted else ():
             self._store(wanted[name], piece)
 
     @contextmanager

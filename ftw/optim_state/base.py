@@ -180,10 +180,9 @@ class Preconditioner(ABC):
                 for p in group["params"]:
                     # FSDP1 leaves empty pieces of parameters that other processes hold; no step reaches them.
                     if p in reference if reference is not None else p.requires_grad and p.numel() > 0:
-                        self._require_whole(p)
                         gradient = None if reference is None else local_gradient(reference[p], p)
-                        state = local_state(self.prepare(p.detach(), group, state_of(optimizer, p)))
-                        updates[p] = self.linearise_tensor(local(p.detach()), group, state, gradient)
+                        theta, state = self.held(p, group, state_of(optimizer, p))
+                        updates[p] = self.linearise_tensor(theta, group, state, gradient)
         return AffineUpdate(
             scale={p: u.scale for p, u in updates.items()},
             offset={p: u.offset for p, u in updates.items()},
@@ -191,7 +190,16 @@ class Preconditioner(ABC):
             sign={p: u.sign for p, u in updates.items()},
         )
 
-    def _require_whole(self, parameter: Tensor) -> None:
+    def held(
+        self, parameter: Parameter, group: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """What `linearise_tensor` is given of a parameter: its value and prepared state, of a sharded one those of
+        this process's shard."""
+        self.require_whole(parameter)
+        theta = parameter.detach()
+        return local(theta), local_state(self.prepare(theta, group, state))
+
+    def require_whole(self, parameter: Tensor) -> None:
         """Raise `UnsupportedOptimizerError` for a shard of a parameter, unless each entry is updated by itself."""
         if not self.elementwise and is_sharded(parameter):
             raise UnsupportedOptimizerError(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from ftw.errors import ConfigurationError
@@ -45,6 +46,11 @@ def local(tensor: Tensor) -> Tensor:
         tensor = tensor.redistribute(placements=summed)
     part: Tensor = tensor.to_local()
     return part
+
+
+def shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, as a whole, that holds no numbers."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:

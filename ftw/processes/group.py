@@ -23,7 +23,7 @@ BUCKET_BYTES = 64 << 20
 
 
 class Group:
-    """Processes with a replica of the model each.
+    """Processes that train one model, each on data of its own.
 
     Args:
         group: of `torch.distributed`; None: all processes.
@@ -71,7 +71,7 @@ class Group:
     def sum(self, tensors: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """The sum over processes of each tensor, in its dtype; the same parameters, in the same order, everywhere."""
         result: dict[Parameter, Tensor] = {}
-        for bucket in _buckets(tensors):
+        for bucket in buckets(tensors):
             flat = torch.cat([tensors[p].detach().flatten() for p in bucket])
             where = flat.device
             flat = flat if where.type == self._device.type or _serves(self._group, where) else flat.to(self._device)
@@ -113,7 +113,7 @@ def _serves(group: dist.ProcessGroup | None, device: torch.device) -> bool:
     return f"{device.type}:" in dist.get_backend_config(group)
 
 
-def _buckets(tensors: Mapping[Parameter, Tensor]) -> Iterable[list[Parameter]]:
+def buckets(tensors: Mapping[Parameter, Tensor]) -> Iterable[list[Parameter]]:
     """Parameters whose tensors share device and dtype, as many as fill a bucket."""
     alike: dict[tuple[torch.device, torch.dtype], list[Parameter]] = {}
     for p, tensor in tensors.items():

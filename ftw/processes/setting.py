@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ftw import registry
 from ftw.arguments import one_of
 from ftw.errors import ConfigurationError
+from ftw.fidelity import Total
 from ftw.gradients.base import GradientExtractor
-from ftw.optim_state.shards import is_sharded
+from ftw.gradients.company import ALONE, Company
 from ftw.processes.group import Group
+from ftw.processes.sharding import Shards, is_sharded_model
+from ftw.processes.spread import Replicas, Spread
 
 POOLS = ("global", "local")
 
@@ -32,7 +36,8 @@ class Setting:
     Attributes:
         group: None where this process is alone.
         wrapped: the model as it was given; model: the module that is recorded.
-        pools: whether all processes decide together.
+        pools: whether all processes decide together. spread: over which parameters are spread, if they do.
+        shards: the same, where the model is sharded.
     """
 
     def __init__(self, model: nn.Module, pool: str, group: torch.distributed.ProcessGroup | None) -> None:
@@ -41,12 +46,27 @@ class Setting:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.group = Group(group) if running and torch.distributed.get_world_size(group) > 1 else None
-        if self.group is not None and (_is_fsdp(model) or any(map(is_sharded, model.parameters()))):
-            raise ConfigurationError(
-                f"the model's parameters are sharded over {self.group.size} processes (FSDP); each must hold a replica "
-                "of the model; use DistributedDataParallel."
-            )
         self.pools = pool == "global" and self.group is not None
+        self.shards: Shards | None = None
+        if _is_flat(model):
+            raise ConfigurationError(
+                "the model is in a FullyShardedDataParallel (FSDP1), whose layers do not hold their own parameters; "
+                "use fully_shard (FSDP2) or DistributedDataParallel."
+            )
+        if is_sharded_model(model):
+            self.shards = self._shards(model)
+        self.spread: Spread | None = None
+        if self.group is not None and self.pools:
+            self.spread = Replicas(self.group) if self.shards is None else self.shards
+
+    def _shards(self, model: nn.Module) -> Shards:
+        if self.group is None or not self.pools:
+            given = "one process" if self.group is None else "pool='local'"
+            raise ConfigurationError(
+                f"the model's parameters are sharded (fully_shard), with {given}; the gradient of a shard is made by "
+                "all processes together; choose pool='global', or leave fully_shard out where there is one process."
+            )
+        return Shards(model, self.group)
 
     @property
     def share(self) -> int:
@@ -72,12 +92,34 @@ class Setting:
             f"memory_cap={given['memory_cap']}": given["memory_cap"] is not None,
             "uncovered='scale'": given["uncovered"] == "scale",
         }
+        if self.shards is not None:
+            self._check_shards(given)
         for name, is_given in refused.items():
             if is_given:
                 raise ConfigurationError(
                     f"{name} was given in a run of {self.group.size} processes; a pool of all of them cannot do that "
                     "yet; leave it out, or choose pool='local', with which each process decides alone."
                 )
+
+    def _check_shards(self, given: Mapping[str, Any]) -> None:
+        for name, is_given in {"residual='keep'": given["residual"] == "keep", "lean=False": not given["lean"]}.items():
+            if is_given:
+                raise ConfigurationError(
+                    f"{name} was given with a model that is sharded (fully_shard), which cannot do that yet; leave it "
+                    "out, or use DistributedDataParallel."
+                )
+        for p in given["parameters"]:
+            given["preconditioner"].require_whole(p)
+
+    @property
+    def total(self) -> Total | None:
+        """What sums over held parameters become sums over all by; None: they are."""
+        return None if self.shards is None else self.shards.total
+
+    @property
+    def company(self) -> Company:
+        """Of the model's forwards."""
+        return ALONE if self.shards is None else self.shards
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -89,8 +131,13 @@ class Setting:
             yield
 
     def mean(self, gradient: Mapping[Parameter, Tensor], rows: float) -> dict[Parameter, Tensor]:
-        """The mean over the processes' samples, of which this one's gradient is the mean of `rows`."""
+        """The mean over the processes' samples, of which this one's gradient is the mean of `rows`.
+
+        That of a sharded model is the mean of all already.
+        """
         assert self.group is not None
+        if self.shards is not None:
+            return dict(gradient)
         share = rows / sum(self.group.gather(rows))
         return self.group.sum({p: g * share for p, g in gradient.items()})
 
@@ -109,14 +156,22 @@ class Setting:
         with self.wrapped.no_sync():
             yield
 
+    def parts(self, unweighted: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+        """What `averaged` makes the step's gradient of, from that which this process's backward made and nothing
+        weighs. FSDP has made it already."""
+        return {} if self.shards is not None else {p: gradient / self.share for p, gradient in unweighted.items()}
+
     def averaged(self, gradients: Mapping[Parameter, Tensor | None], order: list[Parameter]) -> dict[Parameter, Any]:
         """The step's gradient from every process's part of it, for all parameters that it reaches anywhere.
 
         Args:
-            gradients: this process's; None, or not there, where it has none.
+            gradients: this process's; None, or not there, where it has none. Of a sharded model, that of its shards.
             order: all that can have one, alike on every process.
         """
         assert self.group is not None
+        shards = self.shards
+        if shards is not None:
+            return {p: None if gradient is None else shards.placed(p, gradient) for p, gradient in gradients.items()}
         here = [i for i, p in enumerate(order) if gradients.get(p) is not None]
         reached = {i for each in self.group.gather(here) for i in each}
         parts: dict[Parameter, Tensor] = {}
@@ -130,6 +185,8 @@ class Setting:
         return {**gradients, **summed}
 
 
-def _is_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP holds the model together; its modules are slow to import, and are not where it is not used."""
-    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(model).__mro__)
+def _is_flat(model: nn.Module) -> bool:
+    """Whether FSDP1 holds the model, or a part of it; it is slow to import, and not there where it is not used."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FullyShardedDataParallel", None)
+    return kind is not None and any(isinstance(each, kind) for each in model.modules())

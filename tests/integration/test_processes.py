@@ -331,10 +331,6 @@ def further(rank: int) -> dict[str, Any]:
 
 
 def refused(rank: int) -> dict[str, Any]:
-    from torch.distributed.fsdp import fully_shard
-
-    sharded = MLP()
-    fully_shard(sharded)
     given: dict[str, dict[str, Any]] = {
         "gradients": {"gradients": "projection"},
         "curvature": {"curvature": "kfac"},
@@ -344,10 +340,7 @@ def refused(rank: int) -> dict[str, Any]:
         "pool": {"pool": "everywhere"},
         "watch": {"pool": "local", "watch": 1},
     }
-    found = {name: said(lambda given=each: selector_of(rank, **given)) for name, each in given.items()}
-    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-    found["sharded"] = said(lambda: ftw.Selector(sharded, optimizer, target=[rows_of(0)]))
-    return found
+    return {name: said(lambda given=each: selector_of(rank, **given)) for name, each in given.items()}
 
 
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -529,7 +522,6 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path: Path) -> None:
             assert found[name].startswith("ConfigurationError"), name
             assert "choose pool='local'" in found[name], name
         assert "allowed are 'global', 'local'" in found["pool"]
-        assert "are sharded over 2 processes (FSDP)" in found["sharded"]
         assert "watch or an adaptive trust was given with pool='local'" in found["watch"]
 
 

@@ -1,7 +1,8 @@
 """The interface of rules: how one kind of layer yields each candidate's gradient of its parameters.
 
 A rule is trusted only after the audit: in the first recorded step the sum of the contributions is compared with the
-gradient that autograd formed (`audit.leftover`). Called by the recorder, in the middle of the trainer's own backward.
+gradient that autograd formed (`completeness.leftover`). Called by the recorder, in the middle of the trainer's own
+backward.
 """
 
 from __future__ import annotations
