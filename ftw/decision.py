@@ -91,6 +91,28 @@ class Policy:
                 f"trust={self.trust} is given with objective='match'; it acts on objective='utility' only."
             )
 
+    def require_honoured(self) -> None:
+        """Lets the solver try the set on two candidates, so that one that it cannot honour is refused before a run.
+
+        Sets that are made for a pool, or have an entry for each of its candidates, are left to the first step.
+
+        Raises:
+            ConfigurationError: the solver refuses the set.
+        """
+        if not isinstance(self.constraints, ConstraintSet):
+            return
+        try:
+            self.constraints.polyhedron(2)
+        except ConfigurationError:
+            return
+        K = torch.eye(2, dtype=torch.float64)
+        try:
+            self.solver.solve(K, K.diagonal(), self.constraints, throw=False)
+        except ConfigurationError:
+            raise
+        except Exception:  # a solver's own trouble is no refusal, and the first step will show it
+            return
+
     def require_columns(self, given: Collection[str]) -> None:
         """Checks before a step is run that filter, quota and ridge will find the columns that they read.
 

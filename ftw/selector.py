@@ -205,6 +205,8 @@ class Selector:
             raise ConfigurationError(
                 f"trust={trust} is given with objective={objective!r}; it acts on objective='utility' only."
             )
+        if memory_cap is not None:
+            integer("memory_cap", memory_cap, 1)
         if granularity == "token" or memory_cap is not None:
             _refuse_whole_window(curvature, relinearise, "granularity='token'" if memory_cap is None else "memory_cap")
         if objective == "utility" and geometry == "update":
@@ -272,6 +274,7 @@ class Selector:
         self.warmup = warmup
         self.nothing_useful = nothing_useful
         self.reference = reference
+        self.policy.require_honoured()
         self.granularity = granularity
         self.uncovered = uncovered
         self.relinearise = relinearise

@@ -23,7 +23,7 @@ from ftw.errors import (
 )
 from ftw.filters import All, Filter, Threshold, TopK
 from ftw.optim_state import AdamW, Scalar
-from ftw.solvers import CappedSimplex, Free, NonNegative, Uniform
+from ftw.solvers import Box, CappedSimplex, Free, NonNegative, Uniform
 from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
 
 
@@ -636,6 +636,27 @@ def test_constraint_sets_and_makers() -> None:
         assert selection.status == "optimal"
         assert float(selection.weights.sum()) == pytest.approx(8.0)
         selector.close()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"solver": "closed_form"},
+        {"solver": "entropic", "constraints": Free()},
+        {"memory_cap": 0, "reference": "previous"},
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(given: dict[str, Any]) -> None:
+    model = MLP()
+    with pytest.raises(ConfigurationError):
+        selector_for(model, torch.optim.AdamW(model.parameters(), lr=0.01), **given)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_set_with_entries_for_a_pool_is_left_to_the_first_step() -> None:
+    model = MLP()
+    bounds = Box(0.0, torch.linspace(1.0, 2.0, 8))
+    selector_for(model, torch.optim.AdamW(model.parameters(), lr=0.01), constraints=bounds).close()
 
 
 def test_at_most_lets_a_harmful_pool_shrink_the_step() -> None:
