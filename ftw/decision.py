@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ftw.arguments import at_least, one_of
 from ftw.assembly import OBJECTIVES
-from ftw.errors import ConfigurationError, FilterError, SolverError
+from ftw.errors import ConfigurationError, FilterError, MissingDependencyError, SolverError
 from ftw.filters.all import All
 from ftw.filters.base import Filter
 from ftw.measurement import Measurement
@@ -98,6 +98,7 @@ class Policy:
 
         Raises:
             ConfigurationError: the solver refuses the set.
+            MissingDependencyError: what it is built on is not installed.
         """
         if not isinstance(self.constraints, ConstraintSet):
             return
@@ -108,7 +109,7 @@ class Policy:
         K = torch.eye(2, dtype=torch.float64)
         try:
             self.solver.solve(K, K.diagonal(), self.constraints, throw=False)
-        except ConfigurationError:
+        except (ConfigurationError, MissingDependencyError):
             raise
         except Exception:  # a solver's own trouble is no refusal, and the first step will show it
             return
