@@ -467,10 +467,26 @@ def refused(rank: int) -> dict[str, str]:
     return found
 
 
+def accelerates(rank: int) -> dict[str, Any]:
+    """What accelerate makes of a model that it is told to shard, on a CPU."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = accelerator.prepare(MLP())
+    return {
+        "kind": accelerator.distributed_type.name,
+        "model": type(model).__name__,
+        "processes": accelerator.num_processes,
+    }
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     **{which: (lambda rank, which=which: cases(rank, which)) for which in RUNS},  # type: ignore[misc]
     "faults": faults,
     "audits": audits,
+    "accelerates": accelerates,
     "others": lambda rank: {each.__name__: each(rank) for each in (precisions, attached, resuming, refused)},
 }
 
@@ -637,6 +653,14 @@ def test_what_a_sharded_model_cannot_do_is_refused(others: list[Any]) -> None:
             assert given in found[name], (name, found[name])
             assert "without offloading" in found[name]
         assert "FSDP1" in found["flat"]
+
+
+@pytest.mark.slow
+def test_accelerate_shards_on_accelerators_alone(tmp_path: Path) -> None:
+    """The obstacle to showing its sharding, and so Trainer's, here; should it fall, they are to be served."""
+    pytest.importorskip("accelerate", reason="it is what is asked")
+    for found in run(__file__, "accelerates", tmp_path):
+        assert found == {"kind": "MULTI_CPU", "model": "DistributedDataParallel", "processes": 2}
 
 
 if __name__ == "__main__":
