@@ -23,8 +23,9 @@ class ProjectedGradient(WeightSolver):
     Bursts of projected gradient steps with the lengths of Barzilai and Borwein 1988, both of them in turn, and an exact
     line search towards each projected point (Birgin, Martinez and Raydan 2000, SPG2, whose non-monotone search the
     exact one replaces) alternate with polishing; a burst ends as soon as its steps agree on the face, and the
-    first burst that leads the polish to rounding level ends the solve. Measured against FISTA with restart (Beck
-    and Teboulle 2009; O'Donoghue and Candes 2015), the face is found in a third to a tenth of the steps.
+    first burst that leads the polish to rounding level ends the solve. Spectral steps take the place of momentum with
+    restart (FISTA: Beck and Teboulle 2009; O'Donoghue and Candes 2015): they need no bound on K and descend at every
+    step, and accuracy is the polish's affair, not theirs.
 
     Where several weights are optimal (duplicates, singular K), equal candidates get equal weights: the start is the
     set's point nearest to 0 unless one is given, and no step is made along a direction that has neither curvature
