@@ -71,7 +71,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         (
             "relative error of b",
             "relative error of K",
-            "cosine with the target gradient, share of the exact decision's",
+            "cosine with the target gradient, to the exact's",
         ),
         strict=True,
     ):
@@ -83,7 +83,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[1].set(yscale="log")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
