@@ -19,6 +19,9 @@ from .settings import GENERAL_SOURCES, POOL_SOURCES, Cell, Setting, Target
 TEST_SEED = 0
 """The test samples are the same for all seeds."""
 
+CORRUPTION_SEED = 1_000_003
+"""Added to a cell's seed for the choice of the exchanged responses. (On the CPU torch keeps 32 bits of a seed.)"""
+
 
 @dataclass(frozen=True)
 class Material:
@@ -95,7 +98,9 @@ def target_and_dev(
 
 def corrupted(pool: Sequence[Sample], share: float, seed: int) -> list[Sample]:
     """The pool with the responses of a seeded share moved on to each other; their source says so."""
-    generator = torch.Generator().manual_seed(seed)
+    # A stream of its own: the order of the pool is drawn with the bare seed, and a permutation of as many samples from
+    # the same stream would corrupt the very ones that come first.
+    generator = torch.Generator().manual_seed(CORRUPTION_SEED + seed)
     count = round(share * len(pool))
     chosen = torch.randperm(len(pool), generator=generator)[:count].tolist()
     out = list(pool)

@@ -18,6 +18,7 @@ from evidence.settings import TARGETS, Cell, Setting, filtered, key_of
 from evidence.store import Store
 
 from ftw.errors import ConfigurationError, DataError, FtwError
+from ftw.experiment import data
 from ftw.experiment.data import Sample
 from ftw.presets import PRESETS
 from tests.models import tiny_llama
@@ -139,6 +140,15 @@ def test_corrupted_responses_are_others() -> None:
     assert sorted(each.response for each in found) == sorted(each.response for each in pool)
     assert [each.prompt for each in found] == [each.prompt for each in pool]
     assert material.corrupted(pool, 0.3, seed=1) == found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_corrupted_share_is_that_of_the_candidates_offered(seed: int) -> None:
+    pool = [Sample(f"p{i}", f"r{i}", "s") for i in range(4000)]
+    found = material.corrupted(pool, 0.3, seed)
+    offered = data.pool_order(len(pool), 16, 50, seed).flatten().tolist()
+    share = sum(found[i] != pool[i] for i in offered) / len(offered)
+    assert abs(share - 0.3) < 0.07  # 4.3 standard deviations of a draw of 800 of 4000
 
 
 def test_a_long_prompt_loses_its_beginning_and_no_letter_is_cut() -> None:
