@@ -140,7 +140,7 @@ def filtered(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:
                 f"--only {condition!r} is not understood; name=value[,value] is needed, with a name of "
                 f"{', '.join(names)}; for example method=ours,random."
             )
-        wanted = values.split(",")
+        wanted = [values, *values.split(",")]  # the name of a method may hold a comma
         kept = [cell for cell in kept if str(_value(cell, name)) in wanted]
     if not kept:
         raise ConfigurationError(

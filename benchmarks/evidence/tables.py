@@ -11,7 +11,7 @@ from typing import Any
 from scipy import stats
 
 from . import methods
-from .grids import CORE
+from .grids import CORE, HANDFUL
 from .settings import Setting, difference
 
 Record = Mapping[str, Any]
@@ -79,6 +79,9 @@ def report(records: Iterable[Record]) -> str:
     ]
     parts += [f"\nLeft out: {note}" for note in notes]
     settings = list(dict.fromkeys(setting for setting, _ in groups))
+    if len(settings) > 1:
+        parts += ["", "## At a glance", "", "Loss at dev's best and, in brackets, the paired difference to `ours`.", ""]
+        parts += at_a_glance(groups)
     for setting in settings:
         here = {target: runs for (other, target), runs in groups.items() if other == setting}
         parts += ["", f"## {title(setting)}", ""]
@@ -107,6 +110,21 @@ their last number."""
 def title(setting: Setting) -> str:
     """What a setting changes of the core."""
     return difference(setting, CORE) or "Core"
+
+
+def at_a_glance(groups: Mapping[tuple[Setting, str], Runs]) -> list[str]:
+    """A line for each setting and target, a column for each method that the axes compare."""
+    lines = []
+    for (setting, target), runs in groups.items():
+        ours = _values(runs.get(OURS, {}), best)
+        cells = []
+        for method in HANDFUL:
+            each = runs.get(method, {})
+            to_ours = paired(_values(each, best), ours)
+            compared = each and ours and method != OURS
+            cells.append(shown(over(each, best)) + (f" ({shown(to_ours, sign=True)})" if compared else ""))
+        lines.append([title(setting), target, str(len(ours)), *cells])
+    return table(["setting", "target", "seeds", *(f"`{method}`" for method in HANDFUL)], lines)
 
 
 def by_method(runs: Runs) -> list[str]:

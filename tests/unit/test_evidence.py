@@ -246,6 +246,9 @@ def test_records_that_differ_under_one_key_are_reported(tmp_path: Path) -> None:
 
 def test_only_keeps_the_cells_that_meet_every_condition() -> None:
     assert filtered(GRID, ["method=ours", "seed=1"]) == [GRID[2]]
+    named = [Cell(name, "svamp", 0, CORE) for name in METHODS if "," in name]
+    assert named
+    assert filtered([*GRID, *named], [f"method={named[0].method}"]) == [named[0]]
     with pytest.raises(ConfigurationError, match="not understood"):
         filtered(GRID, ["colour=red"])
     with pytest.raises(ConfigurationError, match="no cell of the grid meets"):
@@ -390,6 +393,22 @@ def test_a_table_says_what_its_records_say() -> None:
     text = tables.report(records)
     assert "\n".join(lines) in text
     assert "8 cells in 0.01 hours" in text
+
+
+def test_settings_at_a_glance_compare_paired_with_ours() -> None:
+    records = [
+        *(record("ours", seed, 1.0 + seed) for seed in (0, 1)),
+        *(record("full", seed, 1.5 + seed) for seed in (0, 1)),
+        record("full", 0, 2.0, corrupted=0.3),
+    ]
+    groups, _ = tables.collect(records)
+    first, second = tables.at_a_glance(groups)[2:]
+    assert first.split(" | ")[:4] == ["| Core", "svamp", "2", "1.500 ± 6.353"]
+    assert "2.000 ± 6.353 (+0.500 ± 0.000)" in first
+    assert second.startswith("| corrupted=0.3 | svamp | 0 | - |")
+    assert "| 2.000 |" in second
+    assert "## At a glance" in tables.report(records)
+    assert "## At a glance" not in tables.report(records[:2])
 
 
 def test_when_the_loss_of_full_is_reached() -> None:
