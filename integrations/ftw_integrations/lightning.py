@@ -81,8 +81,8 @@ class SelectionCallback(_Callback):
         selection: of the last step; None before.
 
     Raises:
-        ConfigurationError: arguments that are not allowed; at the begin of `fit()`: manual optimisation, or a
-            strategy that wraps the module (DDP excepted) or accumulates by itself.
+        ConfigurationError: arguments that are not allowed; at the begin of `fit()`: manual optimisation, a strategy
+            that wraps the module (DDP excepted) or accumulates by itself, no `extras` for a filter that needs some.
     """
 
     def __init__(
@@ -152,6 +152,8 @@ class SelectionCallback(_Callback):
             loss_fn=functools.partial(self._target_loss, trainer, pl_module, step),
             **self._arguments,
         )
+        if self._extras is None:
+            self.selector.require_columns(())
         if self._state is not None:
             self.selector.load_state_dict(states.own(self._state))
             self._state = None
