@@ -140,14 +140,11 @@ class SelectionCallback(_Callback):
         # FSDP reduces outside of blocks, and waits for all processes there: each of them opens one for every batch.
         self._processes, self._sharded = trainer.world_size, is_sharded_model(pl_module)
         step = TrainingStep(pl_module)
-        optimizer = trainer.optimizers[0]
-        # Before the selector, whose own hooks (watch=) look at what the closure leaves.
-        self._undo = [optimizer.register_step_pre_hook(_closure_first).remove]
         if replicated:  # what is selected is summed instead
             self._undo.append(_synchronise_nothing(wrapper))
         self.selector = ftw.Selector(
             step if self._model is None else _submodule(pl_module, self._model),
-            optimizer,
+            trainer.optimizers[0],
             target=self._target(self._given),
             loss_fn=functools.partial(self._target_loss, trainer, pl_module, step),
             **self._arguments,
@@ -336,13 +333,3 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 def _count(candidates: Any) -> int:
     """Candidates of a map; `record()` refuses it if it is none."""
     return max(int(torch.as_tensor(candidates).max()) + 1, 1)
-
-
-def _closure_first(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the closure before the step's further hooks, as it selects; the optimizers known would as their first act."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        loss = closure()
-    return args[:1], {**kwargs, "closure": lambda: loss}
