@@ -390,7 +390,7 @@ class Selector:
             ConfigurationError: mass does not fit, or a column is missing. See `Recorder.record` for the rest.
             UnsupportedOptimizerError: the optimizer has got an option that is not modelled since the last window.
         """
-        self.policy.require_columns({"learning_rate", *(extras or {})})
+        self.require_columns(extras or ())
         if self._decided is not None:  # select() ended that window
             self._clear()
         scaled = scaler is not None and scaler.is_enabled()
@@ -427,6 +427,14 @@ class Selector:
             columns = _columns(extras, self._recorder.count - before, self._extras)
         self._masses.append(masses)
         self._extras.append(columns)
+
+    def require_columns(self, extras: Iterable[str]) -> None:
+        """Checks, as `record()` does, that extras of these names are all that filter, quota and ridge read.
+
+        Raises:
+            ConfigurationError: one is missing.
+        """
+        self.policy.require_columns({"learning_rate", *extras})
 
     def select(self) -> Selection:
         """Indices and weights of the window, gradients untouched; ends the window.

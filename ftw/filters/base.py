@@ -60,6 +60,6 @@ class Filter(ABC):
         if missing:
             raise ConfigurationError(
                 f"the filter {type(self).__name__} needs the columns {list(self.columns)} of each candidate, and "
-                f"{missing} are missing; pass them with record(extras={{name: one entry for each candidate}}), or in "
-                "the problem's extras."
+                f"{missing} are missing among {sorted(given)}; pass them with record(extras={{name: one entry for each "
+                "candidate}), or with the extras= of what calls it, or in the problem's extras."
             )

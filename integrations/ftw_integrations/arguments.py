@@ -50,7 +50,10 @@ class SelectionArguments:
         0.25, "Candidates that are kept each step: a share of the window (0.25, 1.0), or a number (4)."
     )
     preset: str = _help("ours", "Ready configuration, see `ftw list`; the arguments below override it.")
-    filter: str | None = _help(None, "What chooses candidates, such as greedy, topk or all. Default: the preset's.")
+    filter: str | None = _help(
+        None,
+        "What chooses candidates: greedy, topk, quota, ... Columns it reads are the dataset's. Default: the preset's.",
+    )
     solver: str | None = _help(None, "What weighs them, such as pgd or uniform. Default: the preset's.")
     geometry: str | None = _help(None, "curvature, update or vanilla. Default: the preset's.")
     objective: str | None = _help(None, "match or utility. Default: the preset's.")
@@ -94,11 +97,10 @@ class SelectionArguments:
             if given is not None and not (isinstance(given, str) and given == word):
                 registry.resolve(group, given)
         chosen = presets.preset(self.preset)
-        if not chosen.self_contained:
-            needed = ", ".join(chosen.needs) or "tokens as candidates"
+        if chosen.granularity != "sample":
             raise ConfigurationError(
-                f"preset {self.preset!r} needs {needed}, which a trainer does not hand on; choose a preset without, or "
-                "write the loop with ftw.Selector."
+                f"preset {self.preset!r} needs tokens as candidates, which a trainer does not hand on; choose a preset "
+                "without, or write the loop with ftw.Selector."
             )
         for name, allowed in (("geometry", GEOMETRIES), ("objective", OBJECTIVES)):
             if getattr(self, name) is not None:
@@ -128,6 +130,13 @@ class SelectionArguments:
             at_least("ridge", self.ridge, 0)
         if self.cap is not None:
             CappedCone(self.cap)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the training dataset's columns that the filter reads."""
+        chosen = presets.preset(self.preset).arguments()["filter"] if self.filter is None else self.filter
+        columns: tuple[str, ...] = registry.resolve("filters", chosen).columns
+        return tuple(name for name in columns if name != "learning_rate")  # which the selector knows
 
     def for_selector(self) -> dict[str, Any]:
         """Keyword arguments for `ftw.Selector`, the target and its loss left out."""

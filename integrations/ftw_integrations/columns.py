@@ -6,15 +6,18 @@ No trainer is imported here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Sized
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ftw.errors import ConfigurationError
 from ftw.watching.entries import NAMES, label
 
-__all__ = ["COLUMNS", "NAMES", "KeepColumns", "SteadyColumns", "is_dispatched", "texts_of"]
+__all__ = ["COLUMNS", "NAMES", "KeepColumns", "SteadyColumns", "columns_of", "is_dispatched", "require", "texts_of"]
 
 COLUMNS = "ftw_columns"
 """Key of a batch under which its samples' columns stand, name -> one entry a sample."""
@@ -25,25 +28,66 @@ class KeepColumns:
 
     Args:
         collator: what the trainer would use.
+        needed: columns to hand on, that every sample has.
         names: columns to hand on, of those that the samples have.
-        drop: whether the collator inside is spared them.
+        spared: those of them that the collator inside does not see.
+
+    Raises:
+        ConfigurationError: when called: a sample lacks a column that is needed.
     """
 
-    def __init__(self, collator: Callable[[Any], Any], names: Sequence[str], *, drop: bool) -> None:
-        self.collator, self.names, self.drop = collator, names, drop
+    def __init__(
+        self, collator: Callable[[Any], Any], needed: Sequence[str], names: Sequence[str], *, spared: Sequence[str]
+    ) -> None:
+        self.collator, self.needed, self.names, self.spared = collator, needed, names, spared
 
     def __call__(self, features: list[Any]) -> Any:
+        for each in features if self.needed else ():
+            require(self.needed, each if isinstance(each, Mapping) else (), "a sample of train_dataset")
         if not all(isinstance(each, Mapping) for each in features):
             return self.collator(features)
-        found = [name for name in self.names if any(name in each for each in features)]
+        found = [*self.needed, *(name for name in self.names if any(name in each for each in features))]
         # Taken before the collator runs, which may empty them.
-        columns = {name: [label(each.get(name)) for each in features] for name in found}
-        if self.drop and found:
-            features = [{name: value for name, value in each.items() if name not in found} for each in features]
+        columns = {name: [_entry(each.get(name)) for each in features] for name in found}
+        if self.spared:
+            features = [{name: value for name, value in each.items() if name not in self.spared} for each in features]
         batch = self.collator(features)
         if found and isinstance(batch, MutableMapping):
             batch[COLUMNS] = columns
         return batch
+
+
+def require(needed: Sequence[str], given: Iterable[str], who: str) -> None:
+    """Checks that `who` has the columns that the filter reads.
+
+    Raises:
+        ConfigurationError: one is missing; names those that are there.
+    """
+    there = list(given)
+    missing = [name for name in needed if name not in there]
+    if missing:
+        raise ConfigurationError(
+            f"the filter reads the column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} of each "
+            f"sample, and {who} has {', '.join(there) or 'no columns'}; add it, choose a filter that does without, or "
+            "pack no samples into rows where that has taken it away."
+        )
+
+
+def columns_of(dataset: Any) -> list[str] | None:
+    """Names of a dataset's columns, by its first sample; None where that would use up a stream."""
+    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+        with torch.random.fork_rng(devices=[]):  # samples may be drawn at random
+            first = dataset[0] if len(dataset) else {}
+        return list(first) if isinstance(first, Mapping) else []
+    names = getattr(dataset, "column_names", None)
+    return None if names is None else list(names)
+
+
+def _entry(value: Any) -> str | int | float | None:
+    """As `label`, and what is a number stays one: filters may read it."""
+    with suppress(AttributeError, ValueError, RuntimeError, TypeError):  # no tensor or array, or one of several numbers
+        value = value.item()
+    return value if isinstance(value, float) else label(value)
 
 
 class SteadyColumns:
@@ -71,19 +115,24 @@ class SteadyColumns:
         return {name: columns.get(name, [None] * count) for name in self._names}
 
 
-def is_dispatched(accelerator: Any, dataset: Any) -> bool:
-    """Whether one process loads the batches of several, and nothing but tensors reaches the others; warns if so."""
+def is_dispatched(accelerator: Any, dataset: Any, needed: Sequence[str] = ()) -> bool:
+    """Whether one process loads the batches of several, and nothing but tensors reaches the others; warns if so.
+
+    Raises:
+        ConfigurationError: it is so, and the filter needs columns.
+    """
     dispatched = accelerator.dispatch_batches
     if dispatched is None:
         dispatched = isinstance(dataset, IterableDataset)
     if not dispatched or accelerator.num_processes == 1:
         return False
-    warnings.warn(
-        "one process loads the batches of all, and nothing but tensors reaches the others: the decision log does "
-        "without the dataset's columns; give TrainingArguments(accelerator_config={'dispatch_batches': False}) if each "
-        "process can read its own part.",
-        stacklevel=2,
+    why = "one process loads the batches of all, and nothing but tensors reaches the others"
+    remedy = (
+        "give TrainingArguments(accelerator_config={'dispatch_batches': False}) if each process can read its own part"
     )
+    if needed:
+        raise ConfigurationError(f"the filter reads the dataset's {', '.join(needed)}, but {why}; {remedy}.")
+    warnings.warn(f"{why}: the decision log does without the dataset's columns; {remedy}.", stacklevel=2)
     return True
 
 

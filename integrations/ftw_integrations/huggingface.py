@@ -25,7 +25,16 @@ import ftw
 from ftw.errors import ConfigurationError, TargetError
 from ftw.target import model_loss
 from ftw_integrations.arguments import SelectionArguments
-from ftw_integrations.columns import COLUMNS, NAMES, KeepColumns, SteadyColumns, is_dispatched, texts_of
+from ftw_integrations.columns import (
+    COLUMNS,
+    NAMES,
+    KeepColumns,
+    SteadyColumns,
+    columns_of,
+    is_dispatched,
+    require,
+    texts_of,
+)
 from ftw_integrations.metrics import Metrics
 
 __all__ = ["SelectionArguments", "SelectionTrainer", "SelectionTrainerMixin"]
@@ -84,6 +93,9 @@ class SelectionTrainerMixin(_Base):
                 "(DistributedDataParallel); start it with torchrun or accelerate launch and without FSDP or DeepSpeed, "
                 "or set CUDA_VISIBLE_DEVICES to one device."
             )
+        self._needed = self._selection_arguments.columns
+        if self._needed and (there := columns_of(self.train_dataset)) is not None:
+            require(self._needed, there, "train_dataset")
         self.add_callback(_Windows(self))
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -96,7 +108,7 @@ class SelectionTrainerMixin(_Base):
         columns = inputs.pop(COLUMNS, {})
         mass, candidates, used = self._candidates(inputs, num_items_in_batch)
         if len(mass):
-            extras = None if self._selection_arguments.log is None else self._logged(columns, inputs, candidates, used)
+            extras = self._known(columns, inputs, candidates, used)
             with selector.record(mass=mass, candidates=candidates, scaler=self.accelerator.scaler, extras=extras):
                 loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
             self._recorded = True
@@ -191,18 +203,22 @@ class SelectionTrainerMixin(_Base):
             return bool(said)
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
-    # -- the decision log ------------------------------------------------------------------------------------------
+    # -- columns of the dataset, for the filter and the decision log -----------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """The trainer's own; for the log, its batches carry the columns that the model is not to see."""
+        """The trainer's own, whose batches carry the columns that filter and log read and the model is not to see."""
         own: Any = self
-        if self._selection_arguments.log is None or is_dispatched(self.accelerator, self.train_dataset):
+        needed, logs = self._needed, self._selection_arguments.log is not None
+        if not (needed or logs) or is_dispatched(self.accelerator, self.train_dataset, needed):
             return super().get_train_dataloader()
         own._set_signature_columns_if_needed()
         collator, seen = own.data_collator, own._signature_columns
-        names = [name for name in NAMES if name not in seen]
-        own.data_collator = KeepColumns(collator, names, drop=self.args.remove_unused_columns)
-        own._signature_columns = [*seen, *names]
+        names = [name for name in NAMES if logs and name not in (*seen, *needed)]
+        unseen = [name for name in (*needed, *names) if name not in seen]
+        own.data_collator = KeepColumns(
+            collator, needed, names, spared=unseen if self.args.remove_unused_columns else ()
+        )
+        own._signature_columns = [*seen, *unseen]
         try:
             return super().get_train_dataloader()
         finally:
@@ -223,16 +239,22 @@ class SelectionTrainerMixin(_Base):
             return None
         return texts_of(tokenizer, ids, inputs.get("attention_mask"), candidates, self._selection_arguments.log_text)
 
-    def _logged(
+    def _known(
         self, columns: Mapping[str, list[Any]], inputs: Mapping[str, Any], candidates: Tensor | None, used: Tensor
     ) -> dict[str, list[Any]]:
-        """What the log calls the candidates of a micro-batch."""
-        kept, longest = used.nonzero().flatten().tolist(), self._selection_arguments.log_text
+        """What the filter reads of the candidates of a micro-batch, and what the log calls them."""
+        kept = used.nonzero().flatten().tolist()
         found = {name: [each[i] for i in kept] for name, each in columns.items() if len(each) == len(used)}
-        if longest and "text" not in found:
+        require(self._needed, found, f"a micro-batch of {len(used)} samples, as its collator and loader leave it,")
+        read = {name: found[name] for name in self._needed}
+        if self._selection_arguments.log is None:
+            return read
+        named = {name: found[name] for name in NAMES if name in found}
+        longest = self._selection_arguments.log_text
+        if longest and "text" not in named:
             texts = self.candidate_texts(inputs, candidates)
-            found |= {} if texts is None else {"text": texts}
-        return self._steady(found, len(kept), longest)
+            named |= {} if texts is None else {"text": texts}
+        return self._steady(named, len(kept), longest) | read
 
     # -- metrics and checkpoints -----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ftw
 from ftw.errors import ConfigurationError, RecordingError
 from ftw.gradients.audit import first_tensor, refuse_packed
+from ftw.processes.sharding import is_sharded_model
 from ftw.target import Target
 from ftw_integrations import states
 from ftw_integrations.lightning_step import TrainingStep
@@ -48,6 +49,10 @@ def _callback() -> Any:
 
 _Callback: Any = _callback()
 _ARGUMENTS = inspect.signature(ftw.Selector).parameters.keys() - {"model", "optimizer", "target", "loss_fn"}
+_SERVED = (
+    "selection knows one device, one replica of the module in each process, and modules that fully_shard has cut; "
+    "choose strategy='auto', 'ddp', or a ModelParallelStrategy with fully_shard in configure_model"
+)
 
 
 class SelectionCallback(_Callback):
@@ -76,8 +81,8 @@ class SelectionCallback(_Callback):
         selection: of the last step; None before.
 
     Raises:
-        ConfigurationError: arguments that are not allowed; at the begin of `fit()`: manual optimisation, or a
-            strategy that shards the module or accumulates by itself.
+        ConfigurationError: arguments that are not allowed; at the begin of `fit()`: manual optimisation, a strategy
+            that wraps the module (DDP excepted) or accumulates by itself, no `extras` for a filter that needs some.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class SelectionCallback(_Callback):
         self._metrics = Metrics()
         self._block: AbstractContextManager[None] | None = None
         self._recorded = False
-        self._replicas = 1
+        self._processes, self._sharded = 1, False
         self._undo: list[Callable[[], Any]] = []
 
     # -- beginning and end -----------------------------------------------------------------------------------------
@@ -123,33 +128,29 @@ class SelectionCallback(_Callback):
                 "switch it on, or call record() and apply() of an ftw.Selector in training_step."
             )
         if trainer.strategy.handles_gradient_accumulation:
-            raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} accumulates gradients by itself; selection knows one device, "
-                "or one replica of the module in each process; choose strategy='auto' or 'ddp'."
-            )
+            raise ConfigurationError(f"{type(trainer.strategy).__name__} accumulates gradients by itself; {_SERVED}.")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         wrapper = trainer.strategy.model
         replicated = isinstance(wrapper, DistributedDataParallel) and wrapper.module is pl_module
         if wrapper is not pl_module and not replicated:
             raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} wraps the module in a {type(wrapper).__name__}; selection knows "
-                "one device, or one replica of the module in each process; choose strategy='auto' or 'ddp'."
+                f"{type(trainer.strategy).__name__} wraps the module in a {type(wrapper).__name__}; {_SERVED}."
             )
-        self._replicas = trainer.world_size
+        # FSDP reduces outside of blocks, and waits for all processes there: each of them opens one for every batch.
+        self._processes, self._sharded = trainer.world_size, is_sharded_model(pl_module)
         step = TrainingStep(pl_module)
-        optimizer = trainer.optimizers[0]
-        # Before the selector, whose own hooks (watch=) look at what the closure leaves.
-        self._undo = [optimizer.register_step_pre_hook(_closure_first).remove]
         if replicated:  # what is selected is summed instead
             self._undo.append(_synchronise_nothing(wrapper))
         self.selector = ftw.Selector(
             step if self._model is None else _submodule(pl_module, self._model),
-            optimizer,
+            trainer.optimizers[0],
             target=self._target(self._given),
             loss_fn=functools.partial(self._target_loss, trainer, pl_module, step),
             **self._arguments,
         )
+        if self._extras is None:
+            self.selector.require_columns(())
         if self._state is not None:
             self.selector.load_state_dict(states.own(self._state))
             self._state = None
@@ -235,7 +236,7 @@ class SelectionCallback(_Callback):
         if candidates is None:
             mass, candidates = owners(mass)
             extras = None if extras is None else of_candidates(extras, candidates)
-        if not len(mass):
+        if not len(mass) and not self._sharded:
             return  # no row has a label: there is nothing to choose from, and no gradient
         if not self._recorded:
             trainer.optimizers[0].zero_grad()  # as Lightning does a moment later, between forward and backward
@@ -250,7 +251,7 @@ class SelectionCallback(_Callback):
             block.__exit__(None, None, None)
             self._recorded = True
         # Here, and not when the optimizer is about to step: a GradScaler has unscaled the gradient by then.
-        if (self._recorded or self._replicas > 1) and not trainer.fit_loop._should_accumulate():
+        if (self._recorded or self._processes > 1) and not trainer.fit_loop._should_accumulate():
             self._select()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -332,13 +333,3 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 def _count(candidates: Any) -> int:
     """Candidates of a map; `record()` refuses it if it is none."""
     return max(int(torch.as_tensor(candidates).max()) + 1, 1)
-
-
-def _closure_first(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the closure before the step's further hooks, as it selects; the optimizers known would as their first act."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        loss = closure()
-    return args[:1], {**kwargs, "closure": lambda: loss}

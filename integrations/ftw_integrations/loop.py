@@ -63,7 +63,8 @@ def attach(
         `state_dict()` and `load_state_dict()` of the selector, so that accelerate saves it where it is registered.
 
     Raises:
-        ConfigurationError: `lean=False`; a norm that is not positive. See `ftw.Selector` for the rest.
+        ConfigurationError: `lean=False`; a norm that is not positive; no `extras` for a filter that needs some. For the
+            rest see `ftw.Selector`.
     """
     if not selector.get("lean", True):
         raise ConfigurationError(
@@ -136,6 +137,12 @@ class Attached:
         except BaseException:
             self._handles.pop().remove()
             raise
+        if self._columns_of is None:
+            try:
+                self.selector.require_columns(())
+            except ConfigurationError:
+                self.detach()
+                raise
         # Ahead of the recorder's, which must find the block open.
         self._handles.append(model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._after_forward))

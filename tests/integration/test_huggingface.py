@@ -517,7 +517,6 @@ def test_the_seed_by_its_short_name() -> None:
         ({"solver": "pdg"}, UnknownComponentError, "did you mean 'pgd'"),
         ({"gradients": "ful"}, UnknownComponentError, "did you mean 'full'"),
         ({"preset": "our"}, ConfigurationError, "did you mean 'ours'"),
-        ({"preset": "max_loss"}, ConfigurationError, "needs loss"),
         ({"preset": "token_level"}, ConfigurationError, "tokens as candidates"),
         ({"geometry": "round"}, ConfigurationError, "geometry is 'round'"),
         ({"objective": "win"}, ConfigurationError, "objective is 'win'"),
