@@ -40,6 +40,9 @@ from ftw.optim_state.shards import is_sharded, local
 RESIDUALS = ("error", "keep")
 GRANULARITIES = ("sample", "token")
 
+Rebuild = tuple[list[Any], Any, list[int]]
+"""Leaves of a layer's arguments without its tensors, their structure, and the places of the tensors."""
+
 _ATTEMPTS = 5
 """Audits of identity that may end without proof before the recorder gives up, with a warning."""
 
@@ -566,22 +569,10 @@ class Recorder:
         if output is None:  # the layer raised; the hook only had to put its parameters back
             return None
         forward = self._forward_of(layer)
-        leaves, structure = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if not places:
-            raise CandidateLayoutError(
-                f"layer {layer.name} ({type(layer.module).__name__}) was called without a tensor, so its rows cannot "
-                "be divided among the candidates; name the module around it in functional=[...], or freeze it."
-            )
-        if not layer.rule.keeps_all:
-            del places[1:]
-            leaves = []
-        saved = [(leaves[i] if leaves else _first(args, kwargs)).detach() for i in places]
+        kept, rebuild = self._kept(layer, args, kwargs)
         # What stands in the caller's own buffers is copied: they may hold the next batch before the step.
-        saved = [tensor.clone() if _storage(tensor) in self._input_storages else tensor for tensor in saved]
-        if leaves:
-            leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        collect = partial(self._collect, layer, forward, (leaves, structure, places))
+        saved = [tensor.clone() if _storage(tensor) in self._input_storages else tensor for tensor in kept]
+        collect = partial(self._collect, layer, forward, rebuild)
         copy = torch.clone if layer.rule.saves_outputs else _same
         if isinstance(output, Tensor):
             return Tap.apply(collect, 1, self._anchor, copy(output), *saved)[0]
@@ -592,11 +583,28 @@ class Recorder:
             out[i] = leaf
         return tree_unflatten(out, shape)
 
+    @staticmethod
+    def _kept(layer: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Rebuild | None]:
+        """The tensors of a call that the layer's rule needs, and how the call is made of them again, if it must be."""
+        if not layer.rule.keeps_all:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(first, Tensor):
+                return [first.detach()], None
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not places or not layer.rule.keeps_all:
+            raise CandidateLayoutError(
+                f"layer {layer.name} ({type(layer.module).__name__}) was called without a tensor, so its rows cannot "
+                "be divided among the candidates; name the module around it in functional=[...], or freeze it."
+            )
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return [leaves[i].detach() for i in places], (others, structure, places)
+
     def _collect(
         self,
         layer: TappedLayer,
         forward: Forward,
-        rebuild: tuple[list[Any], Any, list[int]],
+        rebuild: Rebuild | None,
         saved: tuple[Tensor, ...],
         grads: tuple[Tensor | None, ...],
     ) -> None:
@@ -702,19 +710,11 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A layer's first argument."""
-    first: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return first
-
-
-def _arguments(
-    rebuild: tuple[list[Any], Any, list[int]], saved: tuple[Tensor, ...]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    leaves, structure, places = rebuild
-    if not leaves:
+def _arguments(rebuild: Rebuild | None, saved: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if rebuild is None:
         return (), {}
-    leaves = list(leaves)
+    others, structure, places = rebuild
+    leaves = list(others)
     for i, tensor in zip(places, saved, strict=True):
         leaves[i] = tensor
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, structure)

@@ -7,6 +7,7 @@ in place; with `setup_context`, so that `torch.func` transforms accept it; the i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -41,3 +42,7 @@ class Tap(torch.autograd.Function):
         with torch.no_grad():
             ctx.listener(saved, grads)
         return (None, None, None, *grads, *[None] * len(saved))
+
+
+# Looked up at every call otherwise, a tenth of a millisecond for each layer.
+Tap.forward.__signature__ = inspect.signature(Tap.forward)  # type: ignore[attr-defined]
