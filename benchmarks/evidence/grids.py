@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from . import methods
 from .settings import CORE_TARGETS, Cell, Setting, varied
 
 CORE = Setting()
 HANDFUL = ("ours", "vanilla_reweight", "greats", "random", "full", "target_only")
-AXIS_TARGETS = ("svamp", "gsm8k_absent")
+RATED = ("ours", "greats", "full")
+AXIS_TARGET = "svamp"
 
-AXES: tuple[tuple[Setting, tuple[str, ...]], ...] = (
-    (varied(CORE, corrupted=0.3), AXIS_TARGETS),
-    (varied(CORE, tuning="lora", lr=1e-2), AXIS_TARGETS),
-    (varied(CORE, optimizer="sgd", lr=1e-1), AXIS_TARGETS),
-    (varied(CORE, target_samples=8), AXIS_TARGETS),
-    (varied(CORE, target_samples=128), ("gsm8k_absent",)),  # svamp has 67 dev samples in all
-    (varied(CORE, budget=8), AXIS_TARGETS),
-    (varied(CORE, budget=1), AXIS_TARGETS),
-    *((varied(CORE, lr=CORE.lr * factor), CORE_TARGETS) for factor in methods.LR_FACTORS if factor != 1.0),
-    (CORE, ("scan", "mmlu")),
+AXES: tuple[tuple[Setting, tuple[str, ...], tuple[str, ...]], ...] = (
+    (varied(CORE, corrupted=0.3), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, tuning="lora", lr=1e-2), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, optimizer="sgd", lr=1e-1), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, target_samples=8), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, target_samples=128), ("gsm8k_absent",), HANDFUL),  # svamp has 67 dev samples in all
+    (varied(CORE, budget=8), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, budget=1), (AXIS_TARGET,), HANDFUL),
+    # Tuned methods have tried these rates in the core.
+    *((varied(CORE, lr=CORE.lr * factor), CORE_TARGETS, RATED) for factor in methods.LR_FACTORS if factor != 1.0),
+    (CORE, ("scan", "mmlu"), HANDFUL),
 )
-"""One thing changed at a time, for a handful of methods."""
+"""One thing changed at a time: the setting, its targets, the methods compared."""
 
 QUICK = varied(
     CORE,
@@ -50,14 +53,16 @@ def _cells(name: str, seeds: Sequence[int]) -> Iterator[Cell]:
         elif name == "approximate":
             yield from (Cell(method, "svamp", seed, CORE) for method in ("ours", *methods.APPROXIMATE))
         elif name == "causes":
-            names = ("ours", "target_only", *methods.CAUSES)
-            yield from (Cell(method, target, seed, CORE) for target in AXIS_TARGETS for method in names)
+            yield from (Cell(method, AXIS_TARGET, seed, CORE) for method in ("ours", "target_only", *methods.CAUSES))
         elif name == "quick":
             yield from (Cell(method, "svamp", seed, QUICK) for method in methods.CORE)
         else:
-            for setting, targets in AXES:
-                for method in HANDFUL:
-                    # A tuned method has tried these learning rates in the core.
-                    only_rate = setting != CORE and varied(setting, lr=CORE.lr) == CORE
-                    if not (only_rate and methods.METHODS[method].tuned):
-                        yield from (Cell(method, target, seed, setting) for target in targets)
+            for setting, targets, names in AXES:
+                yield from (
+                    Cell(method, target, seed, settled(method, setting)) for target in targets for method in names
+                )
+
+
+def settled(method: str, setting: Setting) -> Setting:
+    """The setting with what the method takes no notice of as in the core."""
+    return replace(setting, **{name: getattr(CORE, name) for name in methods.METHODS[method].ignored})

@@ -57,6 +57,18 @@ class Method:
     def tuned(self) -> bool:
         return len(self.lr_factors) * len(self.horizons) > 1
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Fields of a setting that change none of its losses: such cells are those of the core, and not run again."""
+        return _IGNORED.get(self.kind, ())
+
+
+_IGNORED: Mapping[str, tuple[str, ...]] = {
+    "target": ("corrupted", "budget"),
+    "full": ("budget", "target_samples"),
+    "random": ("target_samples",),
+}
+
 
 _POOL = "pool: all n seen, {}; target: none"
 _SELECTED = "pool: all n seen, k trained on; target: steers by its gradient"
@@ -117,7 +129,6 @@ CAUSES: Mapping[str, Method] = {
         ("utility", {"objective": "utility"}, (1.0,)),
         ("utility, adaptive trust", {"objective": "utility", "trust": "adaptive"}, (1.0,)),
         ("relinearised", {"relinearise": True}, (1.0,)),
-        ("tuned", {}, LR_FACTORS),
         ("whole target, tuned", {"target_batches": "all"}, LR_FACTORS),
     )
 }

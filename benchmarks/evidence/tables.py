@@ -11,7 +11,7 @@ from typing import Any
 from scipy import stats
 
 from . import methods
-from .grids import CORE, HANDFUL
+from .grids import CORE, HANDFUL, settled
 from .settings import Setting, difference
 
 Record = Mapping[str, Any]
@@ -25,7 +25,8 @@ def collect(records: Iterable[Record]) -> tuple[dict[tuple[Setting, str], Runs],
     """(setting, target) -> runs, the core first, and what was left out and why.
 
     Of cells that differ in nothing but data, versions, format or the method's own components, those that agree with
-    the record stored last are shown.
+    the record stored last are shown. A method that takes no notice of what a setting changes stands in its tables with
+    the record of the core.
     """
     known = [record for record in records if _setting(record) is not None]
     latest = {part: value for record in known for part, value in _provenance(record).items()}
@@ -39,6 +40,11 @@ def collect(records: Iterable[Record]) -> tuple[dict[tuple[Setting, str], Runs],
         assert setting is not None
         runs = groups.setdefault((setting, config["target"]["name"]), {})
         runs.setdefault(_method(record), {})[config["seed"]] = record
+    for (setting, target), runs in groups.items():
+        for method in HANDFUL:
+            elsewhere = groups.get((settled(method, setting), target), {})
+            if OURS in runs and method not in runs and method in elsewhere:
+                runs[method] = elsewhere[method]
     notes = [f"{others} records of other data, versions or components were left out."] if others else []
     return dict(sorted(groups.items(), key=lambda item: item[0][0] != CORE)), notes
 
