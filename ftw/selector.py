@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ftw import presets, registry
 from ftw.arguments import integer, one_of
 from ftw.assembly import GEOMETRIES, REFERENCES, groups_of, is_idle
+from ftw.combinations import refuse_combinations
 from ftw.curvature.base import Curvature
 from ftw.decision import ConstraintMaker, Policy
 from ftw.errors import ConfigurationError, NonFiniteError, RecordingError
@@ -36,7 +37,8 @@ from ftw.optim_state.base import Preconditioner, state_of
 from ftw.optim_state.lookup import preconditioner_for
 from ftw.optim_state.shards import local
 from ftw.optim_state.wrappers import unwrapped
-from ftw.problem import Selection, Status, as_entries
+from ftw.particulars import Particulars
+from ftw.problem import Selection, Status
 from ftw.processes.decide import decide_together
 from ftw.processes.setting import Setting
 from ftw.quotas import WeightQuota
@@ -46,7 +48,7 @@ from ftw.scoring import directions
 from ftw.solvers.base import WeightSolver
 from ftw.solvers.constraints import CappedCone, ConstraintSet
 from ftw.target import LossFunction, Target
-from ftw.targets import Targets
+from ftw.targets import Targets, target_of
 from ftw.watching.journal import Journal
 from ftw.watching.log import DecisionLog
 from ftw.writing import Writer
@@ -201,60 +203,30 @@ class Selector:
         if isinstance(trust, str):
             one_of("trust", trust, ("adaptive",))
             trust = TrustRegion()
-        if isinstance(trust, TrustRegion) and objective != "utility":
-            raise ConfigurationError(
-                f"trust={trust} is given with objective={objective!r}; it acts on objective='utility' only."
-            )
         if memory_cap is not None:
             integer("memory_cap", memory_cap, 1)
-        if granularity == "token" or memory_cap is not None:
-            _refuse_whole_window(curvature, relinearise, "granularity='token'" if memory_cap is None else "memory_cap")
-        if objective == "utility" and geometry == "update":
-            raise ConfigurationError(
-                "objective='utility' with geometry='update' has no meaning: utility is in nats, the update geometry "
-                "is not; choose geometry='curvature' or 'vanilla', or objective='match'."
-            )
-        if granularity == "token" and (uncovered == "scale" or memory_cap is not None):
-            other = "uncovered='scale'" if uncovered == "scale" else "memory_cap"
-            raise ConfigurationError(
-                f"granularity='token' was given together with {other}, which runs whole rows again; "
-                "tokens cannot be run by themselves; use granularity='sample', or leave the other out."
-            )
-        if objective == "utility" and (granularity == "token" or memory_cap is not None):
-            raise ConfigurationError(
-                "objective='utility' was given together with granularity='token' or memory_cap, which choose by "
-                "alignment alone; utility needs the offset's part as well; use objective='match'."
-            )
-        if constraints is not None and cap is not None:
-            raise ConfigurationError(
-                f"cap={cap} is given together with constraints={constraints!r}, which have their own bounds; give "
-                "one of the two."
-            )
-        self.target: Target | Targets
-        several = isinstance(target, Mapping) and not all(isinstance(each, Tensor) for each in target.values())
-        if not several and (targets != "mean" or target_weights is not None):
-            raise ConfigurationError(
-                f"targets={targets!r} and target_weights={target_weights} were given with a single target; they say "
-                "what becomes of several; pass target={'name': batches, ...}."
-            )
-        if several and (granularity == "token" or memory_cap is not None):
-            raise ConfigurationError(
-                "several targets were given together with granularity='token' or memory_cap, which choose by the "
-                "alignment with one; pass one target, or leave the other out."
-            )
-        if several:
-            assert isinstance(target, Mapping)
-            schedule = {"refresh": refresh, "batches_per_refresh": target_batches, "ema": ema}
-            self.target = Targets(target, target_weights, loss_fn, **schedule)
-        elif isinstance(target, Target):
-            if (loss_fn, refresh, target_batches, ema) != (None, 1, 1, 0.0):
-                raise ConfigurationError(
-                    "loss_fn, refresh, target_batches and ema go with a plain iterable; the Target given has its own; "
-                    "set them there."
-                )
-            self.target = target
-        else:
-            self.target = Target(target, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
+        self.target: Target | Targets = target_of(
+            target,
+            targets=targets,
+            target_weights=target_weights,
+            loss_fn=loss_fn,
+            refresh=refresh,
+            target_batches=target_batches,
+            ema=ema,
+        )
+        refuse_combinations(
+            objective=objective,
+            geometry=geometry,
+            granularity=granularity,
+            memory_cap=memory_cap,
+            uncovered=uncovered,
+            curvature=curvature,
+            relinearise=relinearise,
+            trust=trust,
+            constraints=constraints,
+            cap=cap,
+            several_targets=isinstance(self.target, Targets),
+        )
         self._processes = Setting(model, pool, process_group)
         self.model = model = self._processes.model
         self._given = optimizer
@@ -341,11 +313,9 @@ class Selector:
             if self._processes.group is None or self._processes.group.rank == 0:
                 self._journal = Journal(made, optimizer, about, candidates=granularity == "sample")
         self._step = 0
-        self._masses: list[Tensor] = []
-        self._extras: list[Mapping[str, Any]] = []
+        self._particulars = Particulars()
         self._loss_scale = 1.0
         self._scaled = False
-        self._equal_mass = True
         self._decided: Decided | None = None
         self._further: list[dict[Parameter, Tensor]] = []  # of several targets
         self._writer = Writer(self._recorder, scales_uncovered=uncovered == "scale")
@@ -409,8 +379,7 @@ class Selector:
             if not self._recorder.count:  # the window has not begun: g was worked out for nothing
                 self._forget_early()
             raise
-        # Only now: the recorder checks the block on its way out, and may still drop it.
-        self._loss_scale, self._scaled, self._equal_mass = scale, scaled, mass is None
+        self._loss_scale, self._scaled = scale, scaled
 
     def _record(
         self, before: int, scale: float, mass: Any, candidates: Any, extras: Mapping[str, Any]
@@ -418,15 +387,9 @@ class Selector:
         parts = scale * self._processes.share
         with self._processes.unsynchronised(), self._recorder.record(loss_scale=parts, candidates=candidates):
             yield
-            if before and (mass is None) != self._equal_mass:
-                raise ConfigurationError(
-                    "mass was given for some micro-batches of the window and not for others; their scales cannot be "
-                    "compared; pass it for all or for none."
-                )
-            masses = _mass(mass, self._recorder.count - before)
-            columns = _columns(extras, self._recorder.count - before, self._extras)
-        self._masses.append(masses)
-        self._extras.append(columns)
+            block = self._particulars.fitting(mass, extras, self._recorder.count - before)
+        # Only now: the recorder checks the block on its way out, and may still drop it.
+        self._particulars.add(block)
 
     def require_columns(self, extras: Iterable[str]) -> None:
         """Checks, as `record()` does, that extras of these names are all that filter, quota and ridge read.
@@ -585,7 +548,7 @@ class Selector:
             if any(group.gather(decided.selection.status == Status.OVERFLOW)):
                 decided = step.overflow(decided.contributions)
         selection = decided.selection
-        if not self._processes.pools and (columns := self._given_columns()):
+        if not self._processes.pools and (columns := self._particulars.columns):
             selection.diagnostics["columns"] = columns
         if selection.status == Status.OVERFLOW:
             self._restore(self._before)
@@ -617,8 +580,8 @@ class Selector:
             names=self.target.names if isinstance(self.target, Targets) else (),
             geometry=self._geometry(),
             reference=self.reference,
-            mass=torch.cat(self._masses) if self._masses else torch.zeros(0, dtype=torch.float64),
-            extras={"learning_rate": [rate] * self._recorder.count, **self._given_columns()},
+            mass=self._particulars.mass,
+            extras={"learning_rate": [rate] * self._recorder.count, **self._particulars.columns},
             generator=self._generator,
             curvature=self.curvature,
             relinearise=self.relinearise,
@@ -628,11 +591,6 @@ class Selector:
             proved=self._writer.proved,
             residual=self._recorder.residual,
         )
-
-    def _given_columns(self) -> dict[str, list[Any]]:
-        """What `record(extras=...)` brought of the window's candidates here."""
-        names = self._extras[0] if self._extras else {}
-        return {name: [entry for block in self._extras for entry in block[name]] for name in names}
 
     def _snapshot(self) -> Snapshot:
         curvature = None if self.curvature is None else self.curvature.snapshot()
@@ -790,27 +748,11 @@ class Selector:
     def _clear(self) -> None:
         self._recorder.clear()
         self._recorder.direction = None
-        self._masses, self._extras = [], []
+        self._particulars.clear()
         self._decided = None
         self._g = self._early = self._early_geometry = None
         self._further = []
         self._scaled = False
-
-
-def _columns(extras: Mapping[str, Any], count: int, before: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    columns = {name: as_entries(f"extras[{name!r}]", column) for name, column in extras.items()}
-    wrong = {name: len(column) for name, column in columns.items() if len(column) != count}
-    if wrong:
-        raise ConfigurationError(
-            f"extras have {wrong} entries for {count} recorded candidates; one each is needed, in their order; index "
-            "them like the candidates."
-        )
-    if before and before[0].keys() != columns.keys():
-        raise ConfigurationError(
-            f"extras are {sorted(columns)} here and {sorted(before[0])} in an earlier block of the window; filters "
-            "need them of all candidates; pass the same names each time."
-        )
-    return columns
 
 
 class Snapshot(NamedTuple):
@@ -820,26 +762,3 @@ class Snapshot(NamedTuple):
     generator: Tensor
     target: Any
     curvature: Any
-
-
-def _refuse_whole_window(curvature: Any, relinearise: bool, other: str) -> None:
-    given = "relinearise=True" if relinearise else None if curvature == "optimizer" else f"curvature={curvature!r}"
-    if given is not None:
-        raise ConfigurationError(
-            f"{given} was given together with {other}; it reads the contributions of whole samples of the whole "
-            "window; leave one of the two out."
-        )
-
-
-def _mass(mass: Any, rows: int) -> Tensor:
-    if mass is None:
-        return torch.ones(rows, dtype=torch.float64)
-    given = mass if isinstance(mass, Tensor) else list(mass)
-    values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
-    if values.shape != (rows,) or not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise ConfigurationError(
-            f"mass has shape {tuple(values.shape)} for {rows} recorded candidates (smallest "
-            f"{float(values.min()) if values.numel() else None}); one positive finite number per candidate is needed; "
-            "leave candidates without label tokens out of the batch."
-        )
-    return values

@@ -117,3 +117,37 @@ class Targets:
         """Undo to a snapshot."""
         for name, target in self.each.items():
             target.restore(snapshot[name])
+
+
+def target_of(
+    given: Iterable[Any] | Target | Mapping[str, Iterable[Any] | Target],
+    *,
+    targets: str,
+    target_weights: Mapping[str, float] | None,
+    loss_fn: LossFunction | None,
+    refresh: int,
+    target_batches: int | str,
+    ema: float,
+) -> Target | Targets:
+    """The target, or targets, that the selector's arguments of these names describe.
+
+    Raises:
+        ConfigurationError: some go with several targets, or with plain iterables, and were given otherwise.
+    """
+    # A mapping of tensors is a single batch, which `Target` refuses by name.
+    if isinstance(given, Mapping) and not all(isinstance(each, Tensor) for each in given.values()):
+        schedule = {"refresh": refresh, "batches_per_refresh": target_batches, "ema": ema}
+        return Targets(given, target_weights, loss_fn, **schedule)
+    if targets != "mean" or target_weights is not None:
+        raise ConfigurationError(
+            f"targets={targets!r} and target_weights={target_weights} were given with a single target; they say "
+            "what becomes of several; pass target={'name': batches, ...}."
+        )
+    if not isinstance(given, Target):
+        return Target(given, loss_fn, refresh=refresh, batches_per_refresh=target_batches, ema=ema)
+    if (loss_fn, refresh, target_batches, ema) != (None, 1, 1, 0.0):
+        raise ConfigurationError(
+            "loss_fn, refresh, target_batches and ema go with a plain iterable; the Target given has its own; "
+            "set them there."
+        )
+    return given
