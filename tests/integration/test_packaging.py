@@ -73,7 +73,9 @@ def test_the_wheel_holds_the_packages_and_nothing_else(installed: Installed) -> 
         "ftw_integrations",
         "filter_then_weight-0.1.0.dist-info",
     }
-    assert {"ftw/py.typed", "ftw/testing.py", "ftw/watching/page.html", "ftw_integrations/__init__.py"} <= set(names)
+    assert {"ftw/py.typed", "ftw/testing/__init__.py", "ftw/watching/page.html", "ftw_integrations/__init__.py"} <= set(
+        names
+    )
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "test_" in name or name.endswith((".pyc", ".so"))]
     for group in ("ftw.gradients", "ftw.optim_state", "ftw.filters", "ftw.solvers", "console_scripts"):

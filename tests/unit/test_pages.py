@@ -64,10 +64,17 @@ def taken_for_granted(block: str) -> dict[str, Any]:
     return names
 
 
+PAGES = ("README", "docs/filters", "docs/solvers", "docs/presets", "docs/selector", "docs/optimizer-state")
+FRAGMENTS = ("docs/contributions",)
+"""Pages of which only the blocks with a test are whole."""
+
+
 def blocks() -> Iterator[Any]:
-    for page in ("README", "docs/filters", "docs/solvers", "docs/presets", "docs/selector", "docs/optimizer-state"):
+    for page in (*PAGES, *FRAGMENTS):
         text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
         for found in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
+            if page in FRAGMENTS and "def test_" not in found[1]:
+                continue
             yield pytest.param(found[1], id=f"{page}:{text[: found.start()].count(chr(10)) + 2}")
 
 
