@@ -21,6 +21,7 @@ AXES: tuple[tuple[Setting, tuple[str, ...], tuple[str, ...]], ...] = (
     (varied(CORE, target_samples=128), ("gsm8k_absent",), HANDFUL),  # svamp has 67 dev samples in all
     (varied(CORE, budget=8), (AXIS_TARGET,), HANDFUL),
     (varied(CORE, budget=1), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, pool_size=64), (AXIS_TARGET,), ("ours", "target_only")),  # is it the pool that lacks samples?
     # Tuned methods have tried these rates in the core.
     *((varied(CORE, lr=CORE.lr * factor), CORE_TARGETS, RATED) for factor in methods.LR_FACTORS if factor != 1.0),
     (CORE, ("scan", "mmlu"), HANDFUL),

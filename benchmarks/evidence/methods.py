@@ -64,7 +64,7 @@ class Method:
 
 
 _IGNORED: Mapping[str, tuple[str, ...]] = {
-    "target": ("corrupted", "budget"),
+    "target": ("corrupted", "budget", "pool_size"),
     "full": ("budget", "target_samples"),
     "random": ("target_samples",),
 }

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the harness trains transformers' Llama")
 
-from evidence import cells, figures, material, runner, settings, tables
+from evidence import cells, figures, grids, material, runner, settings, tables
 from evidence.decoding import greedy, same_number
 from evidence.grids import CORE
 from evidence.methods import METHODS
@@ -409,6 +409,34 @@ def test_settings_at_a_glance_compare_paired_with_ours() -> None:
     assert "| 2.000 |" in second
     assert "## At a glance" in tables.report(records)
     assert "## At a glance" not in tables.report(records[:2])
+
+
+def test_what_a_method_ignores_is_not_run_again_but_shown() -> None:
+    noisy = settings.varied(CORE, corrupted=0.3)
+    axes = grids.grid("axes", [0])
+    assert Cell("ours", "svamp", 0, noisy) in axes
+    assert Cell("target_only", "svamp", 0, noisy) not in axes
+    assert Cell("target_only", "svamp", 0, CORE) in axes
+    records = [record("ours", 0, 1.0), record("target_only", 0, 1.5), record("full", 0, 2.0)]
+    groups, _ = tables.collect([*records, record("ours", 0, 1.2, corrupted=0.3)])
+    assert groups[noisy, "svamp"].keys() == {"ours", "target_only"}
+    assert groups[noisy, "svamp"]["target_only"] == groups[CORE, "svamp"]["target_only"]
+
+
+CHANGES = {"corrupted": 0.3, "budget": 3, "pool_size": 6, "target_samples": 6}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, name) for method in ("target_only", "full", "random") for name in METHODS[method].ignored],
+)
+def test_what_a_method_is_said_to_ignore_changes_no_loss(method: str, name: str, folder: Path) -> None:
+    plain, other = (
+        cells.run_cell(Cell(method, "svamp", 0, setting), folder, None)["figures"]
+        for setting in (TINY, settings.varied(TINY, **{name: CHANGES[name]}))
+    )
+    for figure in ("final", "best", "curve", "trials", "tuning"):
+        assert plain[figure] == other[figure]
 
 
 def test_when_the_loss_of_full_is_reached() -> None:
