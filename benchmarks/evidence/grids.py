@@ -23,7 +23,7 @@ AXES: tuple[tuple[Setting, tuple[str, ...], tuple[str, ...]], ...] = (
     (varied(CORE, budget=1), (AXIS_TARGET,), HANDFUL),
     (varied(CORE, pool_size=64), (AXIS_TARGET,), ("ours", "target_only")),  # is it the pool that lacks samples?
     # Tuned methods have tried these rates in the core.
-    *((varied(CORE, lr=CORE.lr * factor), CORE_TARGETS, RATED) for factor in methods.LR_FACTORS if factor != 1.0),
+    *((varied(CORE, lr=CORE.lr * factor), (AXIS_TARGET,), RATED) for factor in methods.LR_FACTORS if factor != 1.0),
     (CORE, ("scan", "mmlu"), HANDFUL),
 )
 """One thing changed at a time: the setting, its targets, the methods compared."""
