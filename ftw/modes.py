@@ -37,6 +37,14 @@ def _drops(module: nn.Module) -> bool:
 
 
 @contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """For forwards that leave no trace: no gradients, eval mode, the state of torch's generators put back."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
+        yield
+
+
+@contextmanager
 def parked_gradients(parameters: Iterable[Parameter]) -> Iterator[None]:
     """No parameter has a gradient inside; what it had is put back, and what was made inside is dropped."""
     parked = {p: p.grad for p in parameters}

@@ -5,8 +5,7 @@ Completeness (`ftw.gradients.completeness`) is blind to rows mixed up; identity 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import CandidateLayoutError
 from ftw.gradients.layout import Layout
-from ftw.modes import evaluating
+from ftw.modes import quiet
 
 if TYPE_CHECKING:
     from ftw.gradients.coverage import TappedLayer
@@ -88,7 +87,7 @@ def check_identity(
     forward = model if forward is None else forward
     leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if _is_batched(leaf, layout.rows)]
     depths = {leaf.dim() for leaf in leaves}
-    with _quiet(model):
+    with quiet(model):
         base = _fingerprints(forward, layers, args, kwargs, layout)
         try:
             return _exchange_all(forward, layers, base, args, kwargs, layout, least=1)
@@ -230,10 +229,3 @@ def _fingerprints(
         for handle in handles:
             handle.remove()
     return [seen[layer.name] for layer in layers]
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
-        yield

@@ -21,7 +21,7 @@ from ftw.errors import ConfigurationError, RecordingError, TargetError
 from ftw.gradients.base import Contributions
 from ftw.gradients.company import Company, Forward
 from ftw.gradients.pieces import as_rows
-from ftw.modes import all_finite
+from ftw.modes import all_finite, quiet
 from ftw.optim_state.shards import is_dtensor, local
 from ftw.processes.group import Group, buckets
 from ftw.processes.spread import Direction, Spread
@@ -168,8 +168,9 @@ class Shards(Spread, Company):
             failure = error
         text = None if failure is None else f"{type(failure).__name__}: {failure}"
         said = self.group.gather([False, text])
+        # As quiet as the others' are: dropout drawn here would shift the run's own.
         while any(runs for runs, _ in said):
-            with torch.no_grad():
+            with quiet(model):
                 model(*args, **kwargs)
             said = self.group.gather([False, text])
         self.end_forwards()

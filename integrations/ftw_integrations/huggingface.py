@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sized
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,8 +113,9 @@ class SelectionTrainerMixin(_Base):
             with selector.record(mass=mass, candidates=candidates, scaler=self.accelerator.scaler, extras=extras):
                 loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
             self._recorded = True
-        else:  # no row has a label: there is nothing to choose from, and no gradient
-            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+        else:  # no row has a label: there is nothing to choose from, and no gradient that others could wait for
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+                loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self.accelerator.sync_gradients and self._anything_recorded():
             self.selection = selector.apply()
             self._recorded = False

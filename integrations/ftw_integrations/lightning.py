@@ -112,7 +112,8 @@ class SelectionCallback(_Callback):
         self._state: dict[str, Any] | None = None
         self._metrics = Metrics()
         self._block: AbstractContextManager[None] | None = None
-        self._recorded = False
+        self._offering = False  # whether it has a candidate
+        self._recorded = self._offers = False  # a block in this window, and a candidate in it
         self._processes, self._sharded = 1, False
         self._undo: list[Callable[[], Any]] = []
 
@@ -154,7 +155,7 @@ class SelectionCallback(_Callback):
         if self._state is not None:
             self.selector.load_state_dict(states.own(self._state))
             self._state = None
-        self._recorded = False
+        self._recorded = self._offers = False
         self._metrics.take()
         self._record_steps(trainer, pl_module, step)
 
@@ -243,16 +244,26 @@ class SelectionCallback(_Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         block = self.selector.record(mass=mass, scaler=scaler, candidates=candidates, extras=extras)
         block.__enter__()
-        self._block = block
+        self._block, self._offering = block, bool(len(mass))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._block is not None:
             block, self._block = self._block, None
             block.__exit__(None, None, None)
-            self._recorded = True
+            self._recorded, self._offers = True, self._offers or self._offering
         # Here, and not when the optimizer is about to step: a GradScaler has unscaled the gradient by then.
-        if (self._recorded or self._processes > 1) and not trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate():
+            return
+        if self._processes == 1:
+            offered = self._offers
+        else:  # one that has no candidate takes part all the same
+            offered = trainer.strategy.reduce_boolean_decision(self._offers, all=False)
+        if offered:
             self._select()
+        elif self._recorded:  # for nobody: the gradient that the plain trainer would have made of it
+            self._forget()
+            for p in (p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if not self._recorded:
@@ -271,7 +282,7 @@ class SelectionCallback(_Callback):
     def _select(self) -> None:
         assert self.selector is not None
         self.selection = self.selector.apply()
-        self._recorded = False
+        self._recorded = self._offers = False
         self._metrics.add(self.selection)
         if self._told is not None:
             self._told(self.selection)
@@ -285,7 +296,7 @@ class SelectionCallback(_Callback):
         assert self.selector is not None
         self._drop_block("training was broken off")
         self.selector.discard()
-        self._recorded = False
+        self._recorded = self._offers = False
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

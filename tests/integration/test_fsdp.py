@@ -360,6 +360,19 @@ class Mixing(MLP):
         return super().forward(torch.where(x[:, :1].abs().amax() > 100, x + other, x))
 
 
+class Dropping(MLP):
+    """Draws dropout, once a forward in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.3, self.training))
+
+
+def drawn_for(rows: int) -> Tensor:
+    """State of the generator after the model was made, and ran one forward of this many rows."""
+    Dropping()(rows_of(0, rows)["x"])
+    return torch.get_rng_state()
+
+
 class Shifted(MLP):
     """A parameter that no layer owns."""
 
@@ -385,12 +398,16 @@ def audits(rank: int) -> dict[str, Any]:
         found[f"{name}, untouched"] = gradients_of(selector)
         selector.close()
     selector = small(rank, sharded(Mixing()))
-    batch = rows_of(rank, 2 + 3 * rank)  # more rows, more forwards of the audit
+    batch = rows_of(rank, 2 + 3 * rank)
     if rank == 1:
         batch["x"][:, 0] += 1000
     found["mixing"] = said(lambda: record(selector, batch))
     record(selector, rows_of(rank))  # and the processes are in step again
     found["after"] = selector.apply().weights.tolist()
+    selector.close()
+    selector = small(rank, sharded(Dropping()))  # more rows, more forwards of the audit
+    record(selector, rows_of(rank, 2 + 3 * rank))
+    found["random state"] = torch.equal(torch.get_rng_state(), drawn_for(2 + 3 * rank))
     selector.close()
     outside = small(rank, sharded(Shifted()), uncovered="ignore")
     for _ in range(2):
@@ -623,6 +640,7 @@ def test_audits_of_a_sharded_model(tmp_path: Path) -> None:
             assert "1 parameters" in found[name]
             assert flat(found[f"{name}, untouched"]) == []
         assert found["after"] == both[0]["after"]
+        assert found["random state"]
         assert found["outside"] == both[0]["outside"]
         assert found["outside"][-7] is not None
     assert both[1]["mixing"].startswith("CandidateLayoutError")

@@ -22,7 +22,7 @@ from ftw_integrations.huggingface import STATE_NAME, SelectionArguments
 from ftw.watching import read_log
 from ftw.watching.log import NAME
 from tests.gloo import needs_gloo, run, serve
-from tests.integration.test_huggingface import CHOOSING, UNTOUCHED, model_of, selecting, untouched
+from tests.integration.test_huggingface import CHOOSING, UNTOUCHED, model_of, rows_of, selecting, untouched
 
 pytestmark = needs_gloo
 
@@ -88,7 +88,29 @@ def resumed(rank: int) -> dict[str, Any]:
     }
 
 
-SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"trainers": trainers, "resumed": resumed}
+def unlabelled(rank: int) -> dict[str, Any]:
+    """The second process's last micro-batch of the first step has no label, nor has anything in the second step."""
+    data = rows_of(24, 1)
+    for i in (6, 7, *range(8, 16)):
+        data[i]["labels"][:] = -100
+    found: dict[str, Any] = {}
+    for name in ("untouched", "all"):
+        model, folder = model_of("full"), Path(sys.argv[4]) / "out"
+        settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
+        made = untouched(folder, model, **settings) if name == "untouched" else None
+        trainer, choices = selecting(folder, model, UNTOUCHED, **settings) if made is None else (made, None)
+        trainer.train_dataset = data
+        trainer.train()
+        found[name] = numbers_of(model)
+        found["candidates"] = [] if choices is None else [len(made.weights) for made in choices.made]
+    return found
+
+
+SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "trainers": trainers,
+    "resumed": resumed,
+    "unlabelled": unlabelled,
+}
 
 
 @pytest.mark.slow
@@ -126,6 +148,14 @@ def test_two_processes_resume_bitwise(tmp_path: Path) -> None:
         assert found["files"] == [f"0_{STATE_NAME}", f"1_{STATE_NAME}"]
         assert found["same"]
         assert found["weights"]
+
+
+@pytest.mark.slow
+def test_a_micro_batch_without_labels_keeps_no_process_waiting(tmp_path: Path) -> None:
+    first, second = run(__file__, "unlabelled", tmp_path)
+    assert first == second
+    assert first["all"] == pytest.approx(first["untouched"], abs=1e-6)
+    assert first["candidates"] == [6, 6, 8]  # in the second step nothing is selected: the first one's stands
 
 
 if __name__ == "__main__":

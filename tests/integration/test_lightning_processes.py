@@ -22,7 +22,19 @@ pytest.importorskip("lightning", reason="the integration is for its Trainer")
 import lightning.pytorch as pl
 from ftw_integrations.lightning import SelectionCallback, token_mean
 
-from tests.lightning_runs import CHOOSING, EVERYTHING, TARGET, Module, loader, single, stream, trainer
+from tests.lightning_runs import (
+    CHOOSING,
+    EVERYTHING,
+    TARGET,
+    Labelled,
+    Module,
+    counted,
+    loader,
+    single,
+    stream,
+    trainer,
+    without_labels,
+)
 
 pytestmark = needs_gloo
 
@@ -40,14 +52,15 @@ def fitted(
     *,
     more: Sequence[Any] = (),
     resume: Path | None = None,
+    of: type[Module] = Module,
     **changed: Any,
 ) -> dict[str, Any]:
     made: list[ftw.Selection] = []
     callbacks = [*more]
     if chosen is not None:
-        callbacks.append(SelectionCallback(mass=token_mean, told=made.append, **{"target": TARGET, **chosen}))
-    module = Module(single(MAKE[kind]))
-    trainer(folder, *callbacks, max_steps=STEPS, **changed).fit(module, loader(data), ckpt_path=resume)
+        callbacks.append(SelectionCallback(told=made.append, **{"mass": token_mean, "target": TARGET, **chosen}))
+    module = of(single(MAKE[kind]))
+    trainer(folder, *callbacks, **{"max_steps": STEPS, **changed}).fit(module, loader(data), ckpt_path=resume)
     numbers = [x for p in module.parameters() if p.requires_grad for x in p.detach().flatten().tolist()]
     return {"parameters": numbers, "weights": [selection.weights.tolist() for selection in made]}
 
@@ -87,7 +100,19 @@ def resumed(rank: int) -> dict[str, Any]:
     }
 
 
-SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {"trainers": trainers, "resumed": resumed}
+def unlabelled(rank: int) -> dict[str, Any]:
+    folder, settings = Path(sys.argv[4]) / "out", {"of": Labelled, "max_steps": 3, "accumulate_grad_batches": 2}
+    return {
+        name: fitted("lora", chosen, without_labels()[rank::2], folder, **settings, **TWO)
+        for name, chosen in (("untouched", None), ("all", {**EVERYTHING, "mass": counted}))
+    }
+
+
+SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "trainers": trainers,
+    "resumed": resumed,
+    "unlabelled": unlabelled,
+}
 
 
 @pytest.mark.slow
@@ -110,6 +135,14 @@ def test_two_processes_are_one_with_the_whole_pool(tmp_path: Path) -> None:
 def test_two_processes_resume_bitwise(tmp_path: Path) -> None:
     for found in run(__file__, "resumed", tmp_path):
         assert found == {"parameters": True, "weights": True, "steps": STEPS - 3, "saved": [3, 3]}
+
+
+@pytest.mark.slow
+def test_batches_without_labels_keep_no_process_waiting(tmp_path: Path) -> None:
+    first, second = run(__file__, "unlabelled", tmp_path)
+    assert first == second
+    assert first["all"]["parameters"] == pytest.approx(first["untouched"]["parameters"], abs=1e-6)
+    assert [len(weights) for weights in first["all"]["weights"]] == [9, 12]  # the second step has no candidate
 
 
 if __name__ == "__main__":

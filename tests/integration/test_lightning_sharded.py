@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import ftw
 from tests.gloo import needs_gloo, run, serve
@@ -23,7 +22,17 @@ pytest.importorskip("lightning", reason="the integration is for its Trainer")
 import lightning.pytorch as pl
 from ftw_integrations.lightning import SelectionCallback, token_mean
 
-from tests.lightning_runs import EVERYTHING, TARGET, Batch, Module, loader, stream, trainer
+from tests.lightning_runs import (
+    EVERYTHING,
+    TARGET,
+    Labelled,
+    Module,
+    counted,
+    loader,
+    stream,
+    trainer,
+    without_labels,
+)
 
 pytestmark = needs_gloo
 
@@ -57,23 +66,8 @@ class ShardedItself(Module):
         register_fsdp_forward_method(self, "training_step")
 
 
-class Labelled(Module):
-    """A batch without any label has the loss 0."""
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if bool((batch["labels"] != -100).any()):
-            return super().training_step(batch, batch_idx)
-        loss: Tensor = self.model(**{**batch, "labels": None}).logits.sum() * 0.0
-        return loss
-
-
 class ShardedLabelled(Labelled, Sharded):
     pass
-
-
-def counted(batch: Batch) -> Tensor:
-    tokens = batch["labels"][:, 1:].ne(-100).sum(1).double()
-    return tokens / tokens.sum().clamp(min=1)
 
 
 def parallel(**given: Any) -> dict[str, Any]:
@@ -129,16 +123,9 @@ def unlabelled(rank: int) -> dict[str, Any]:
         ShardedLabelled(lora_llama),
         {**CHOOSING, "mass": counted},
         own,
-        max_steps=2,
+        max_steps=3,
         **parallel(),
     )
-
-
-def without_labels() -> list[Batch]:
-    """Two steps' batches, of which the second process's first has no label."""
-    data = stream(8)
-    data[1]["labels"][:] = -100
-    return data
 
 
 def resumed(rank: int) -> dict[str, Any]:
@@ -215,7 +202,7 @@ def test_a_sharded_module_runs_a_batch_without_labels(tmp_path: Path) -> None:
     first, second = run(__file__, "unlabelled", tmp_path)
     assert [first[name] for name in ("weights", "parameters")] == [second[name] for name in ("weights", "parameters")]
     data, chosen = without_labels(), {**CHOOSING, "mass": counted}
-    alone = fitted(tmp_path, Labelled(lora_llama), chosen, data, accumulate_grad_batches=4, max_steps=2)
+    alone = fitted(tmp_path, Labelled(lora_llama), chosen, data, accumulate_grad_batches=4, max_steps=3)
     assert [len(weights) for weights in alone["weights"]] == [9, 12]
     for mine, theirs, order in zip(alone["weights"], first["weights"], (range(9), ORDER), strict=True):
         assert [theirs[at] for at in order] == pytest.approx(mine, abs=1e-6)
