@@ -92,12 +92,13 @@ class Layout:
             self._known[key] = self._divide(tuple(leading))
         return self._known[key]
 
-    def nobody(self, leading: Sequence[int]) -> Tensor | None:
-        """Positions that belong to no candidate, (m,) int64; None: there are none."""
+    def of_nobody(self, tensor: Tensor, flat: bool = False) -> Tensor | None:  # (*leading, ...) -> (m, numbers each)
+        """What of a tensor belongs to no candidate; None: nothing can, or it is not divided among them."""
         if self.owner is None or not bool((self.owner < 0).any()):
             return None
-        each = prod(leading) // self.owner.numel()
-        return (self.owner.flatten() < 0).repeat_interleave(each).nonzero().flatten()
+        if not tensor.numel() or not self.fits(tensor.shape, flat):
+            return None
+        return tensor.reshape(self.owner.numel(), -1)[(self.owner.flatten() < 0).to(tensor.device)]
 
     def describe(self) -> str:
         """What a leading dimension may be, for messages."""

@@ -627,7 +627,7 @@ class Recorder:
             self._scale,
             self._evaluation,
         )
-        self._check_layout(layer, call, reached[0])
+        self._check_layout(layer, call, reached)
         wanted = {name: p for name, p in layer.parameters.items() if self.window.wants(p)}
         whole = {name: p for name, p in layer.whole().items() if name in wanted}
         for name, piece in layer.rule.pieces(call, whole) if wanted else ():
@@ -643,7 +643,7 @@ class Recorder:
         finally:
             self._active = before
 
-    def _check_layout(self, layer: TappedLayer, call: Call, grad: Tensor) -> None:
+    def _check_layout(self, layer: TappedLayer, call: Call, grads: Sequence[Tensor]) -> None:
         event = layer.rule.event(layer.module)
         leading = call.inputs.shape[: call.inputs.dim() - event]
         if not call.layout.fits(leading, call.flat):
@@ -653,11 +653,10 @@ class Recorder:
                 "model unpacked, batch-first rows, say in record(candidates=...) whose each row or token is, or freeze "
                 "that layer."
             )
-        nobody = call.layout.nobody(leading)
-        if nobody is not None:
-            flat = grad.reshape(-1, grad.shape[-1])
-            if len(flat) >= len(nobody):
-                self._unowned.append((layer.name, flat[nobody.to(flat.device)].abs().amax()))
+        for grad in grads:
+            nobodys = call.layout.of_nobody(grad, call.flat)
+            if nobodys is not None:
+                self._unowned.append((layer.name, nobodys.abs().amax()))
 
     def _store(self, p: Parameter, piece: Piece) -> None:
         window = self.window

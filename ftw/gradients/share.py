@@ -43,6 +43,8 @@ class Share(Window):
         """As `Window.keep`, by the room instead of the cap; what does not fit is postponed, and the answer is True."""
         if self.first is None:
             self.first = p
+        if not self.wants(p):  # given up between two pieces of one call, of an expert and the next
+            return True
         if self.needed:
             self.needed += Ledger().extra(tensors_of(piece))
             return True

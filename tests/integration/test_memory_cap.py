@@ -18,6 +18,7 @@ from ftw.errors import ConfigurationError, MemoryCapError, NonFiniteError, Recor
 from ftw.gradients.share import Share
 from ftw.gradients.window import Ledger, Window, tensors_of
 from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
+from tests.oracle.test_rules import route_in_own_precision, tiny_mixture
 
 CAPS: dict[Any, int] = {tiny_llama: 64_000, lora_llama: 40_000}
 """Bytes: a quarter of a window and half of one; its output gradients are 20 kB of that."""
@@ -118,6 +119,21 @@ def test_the_same_with_and_without_a_cap(policy: str, make: Any, reference: str,
         assert replays == 1 if "uniform" in policy else replays > 2
         assert b.diagnostics["kept_bytes"] <= CAPS[make]
     assert 0.8 * CAPS[make] < watched.peak <= CAPS[make]
+    assert_same(free, capped)
+
+
+@pytest.mark.parametrize("cap", [100_000, 150_000])
+def test_experts_over_micro_batches_beyond_the_cap(cap: int, watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert of a parameter comes as a piece of its own: a share keeps those of all micro-batches, or none."""
+    route_in_own_precision(monkeypatch)
+    free, capped = tiny_mixture("Mixtral", "eager"), tiny_mixture("Mixtral", "eager")
+    first = run(free, parts=2, reference="target")
+    watched.peak = 0
+    second = run(capped, parts=2, reference="target", memory_cap=cap)
+    for a, b in zip(first, second, strict=True):
+        assert_same_figures(b, a)
+        assert b.diagnostics["replays"] > 2
+    assert watched.peak <= cap
     assert_same(free, capped)
 
 

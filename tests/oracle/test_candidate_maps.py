@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ftw
 from ftw.errors import CandidateLayoutError, ConfigurationError, FtwError, RecordingError
 from ftw.gradients import Auto, Contributions, Factorized, Full, GradientExtractor, Recorder
+from ftw.gradients.rules import rules_for
 from tests.models import MLP, batch_of, label_tokens, lora_llama, tiny_llama, token_mean
 
 
@@ -350,6 +351,48 @@ def test_tokens_of_nobody_may_be_anywhere_if_no_gradient_reaches_them() -> None:
     kept = (owner >= 0)[..., None]
     found = record(model, lambda: (model(x).square() * kept).sum(), Auto, owner)
     assert_dense(found, token_expected(model, x, owner, 3, lambda out: (out.square() * kept).sum()))
+
+
+class Deep(nn.Module):
+    """(B, 3, 6, 5) -> (B, 2), its first layer over more than the last dimension of each row."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first.double()
+        self.last = nn.Linear(5, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.tanh(self.first(x)).mean((1, 2)))
+        return result
+
+
+@pytest.mark.parametrize("owner", [[0, -1, 1, 2], [-1, 0, 1, 0], [1, 0, -1, 1]])
+@pytest.mark.parametrize(
+    ("first", "functional"),
+    [
+        (lambda: nn.Conv2d(3, 8, 3, padding=1), [nn.Conv2d]),
+        (lambda: nn.Conv2d(3, 2, (3, 1)), [nn.Conv2d]),
+        (lambda: nn.LayerNorm((6, 5)), []),
+    ],
+    ids=["wider", "smaller", "norm"],
+)
+def test_rows_of_nobody_at_layers_whose_output_has_another_shape(
+    first: Callable[[], nn.Module], functional: list[Any], owner: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model, x, rows = Deep(first()), torch.randn(4, 3, 6, 5, dtype=torch.float64), torch.tensor(owner)
+    params, kept = list(model.parameters()), (rows >= 0).double()
+    recorder = Recorder(model, rules=rules_for(functional))
+    with recorder.record(candidates=rows):
+        (model(x).square().sum(1) * kept).sum().backward()
+    found = recorder.contributions()
+    for i in range(found.count):
+        expected = torch.autograd.grad(model(x[rows == i]).square().sum(), params)
+        for p, grad in zip(params, expected, strict=True):
+            torch.testing.assert_close(found.per_candidate(p)[i], grad, rtol=1e-10, atol=1e-14)
+    recorder.clear()
+    with pytest.raises(RecordingError, match="nobody"), recorder.record(candidates=rows):
+        model(x).square().sum().backward()
 
 
 # -- random maps -------------------------------------------------------------------------------------------------------

@@ -520,12 +520,16 @@ def tiny_mixture(family: str, implementation: str = "eager", **options: Any) -> 
     return model.double().train()
 
 
-@pytest.fixture
-def keep_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Routers take their softmax in float32, whatever the model's precision; here they do not."""
+def route_in_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers take their softmax in float32, whatever the model's precision; then they do not."""
     softmax = nn.functional.softmax
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     monkeypatch.setattr(nn.functional, "softmax", lambda x, dim=-1, **_: softmax(x, dim))
+
+
+@pytest.fixture
+def keep_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    route_in_own_precision(monkeypatch)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])

@@ -151,3 +151,17 @@ def test_shares_complete_all_parameters_within_their_room(sizes: list[list[int]]
         pending = [p for p in pending if p in share.postponed]
         shares += 1
     assert shares >= -(-sum(sum(each) for each in sizes) // room)
+
+
+def test_a_parameter_given_up_between_two_pieces_of_one_call_is_not_kept_in_part() -> None:
+    """An expert's matrices come one by one, and a small one would fit where a large one before it did not."""
+    first, second = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
+    share = Share(pending=frozenset([first, second]), room=80)
+    for p, size in ((first, 4), (second, 5), (second, 3), (second, 1)):
+        assert share.keep(p, piece(size), None)
+    assert share.postponed == {second}
+    assert set(share.pieces) == {first}
+    share = Share(pending=frozenset([first, second]), room=80)
+    for p, size in ((first, 11), (second, 5), (first, 2)):
+        assert share.keep(p, piece(size), None)
+    assert share.needed == 8 * 13
