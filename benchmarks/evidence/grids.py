@@ -12,6 +12,7 @@ CORE = Setting()
 HANDFUL = ("ours", "vanilla_reweight", "greats", "random", "full", "target_only")
 RATED = ("ours", "greats", "full")
 AXIS_TARGET = "svamp"
+OTHER_TARGETS = tuple(target for target in CORE_TARGETS if target != AXIS_TARGET)
 
 AXES: tuple[tuple[Setting, tuple[str, ...], tuple[str, ...]], ...] = (
     (varied(CORE, corrupted=0.3), (AXIS_TARGET,), HANDFUL),
@@ -21,7 +22,10 @@ AXES: tuple[tuple[Setting, tuple[str, ...], tuple[str, ...]], ...] = (
     (varied(CORE, target_samples=128), ("gsm8k_absent",), HANDFUL),  # svamp has 67 dev samples in all
     (varied(CORE, budget=8), (AXIS_TARGET,), HANDFUL),
     (varied(CORE, budget=1), (AXIS_TARGET,), HANDFUL),
-    (varied(CORE, pool_size=64), (AXIS_TARGET,), ("ours", "target_only")),  # is it the pool that lacks samples?
+    # More candidates a step: is it the pool that lacks samples?
+    (varied(CORE, pool_size=64), (AXIS_TARGET,), HANDFUL),
+    (varied(CORE, pool_size=64), OTHER_TARGETS, ("ours", "target_only")),
+    (varied(CORE, width=256, layers=4, heads=4), (AXIS_TARGET,), HANDFUL),  # ten times the parameters
     # Tuned methods have tried these rates in the core.
     *((varied(CORE, lr=CORE.lr * factor), (AXIS_TARGET,), RATED) for factor in methods.LR_FACTORS if factor != 1.0),
     (CORE, ("scan", "mmlu"), HANDFUL),
