@@ -65,5 +65,8 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity; one transfer from the device, no overflow of its own."""
-    largest = torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], norm_type=float("inf"))
-    return bool(torch.isfinite(largest))
+    filled = [t for t in tensors if t.numel()]
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(filled))):
+        return True
+    # The squares may have overflowed. The largest entry tells, and is ten times as slow to find on a CPU.
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(filled, norm_type=float("inf"))))
