@@ -20,8 +20,9 @@ class Method:
     """One row of the tables.
 
     Attributes:
-        kind: how a step's gradient comes about: "select" (by a preset), "random", "full", "target" (a batch of target
-            samples) or "mixture" (mean of the losses of the whole pool and of a target batch).
+        kind: how a step's gradient comes about: "select" (by a preset), "random", "logits" (the largest nuclear norms
+            of the logits), "full", "target" (a batch of target samples) or "mixture" (mean of the losses of the whole
+            pool and of a target batch).
         preset: for "select".
         lr_factors, horizons: trials among which dev chooses; one each: no trial.
         offers_target: a batch of target samples stands among the candidates; never the one that g comes from, where
@@ -67,6 +68,7 @@ _IGNORED: Mapping[str, tuple[str, ...]] = {
     "target": ("corrupted", "budget", "pool_size"),
     "full": ("budget", "target_samples"),
     "random": ("target_samples",),
+    "logits": ("target_samples",),
 }
 
 
@@ -91,6 +93,7 @@ CORE: Mapping[str, Method] = {
         )
     },
     "random": Method("random", budget="pool: k drawn at random, trained on; target: none"),
+    "logit_utility": Method("logits", budget=_POOL.format("the k with the largest nuclear norm of logits trained on")),
     "full": Method("full", budget=_POOL.format("all trained on")),
     "target_only": Method(
         "target", **_TRIALS, budget="pool: none; target: trained on; dev chooses learning rate, length and step"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,7 @@ def filling_for(
 
 
 class Plain:
-    """Loops without a selector: random candidates, all of them, target samples, or pool and target samples."""
+    """Loops without a selector: some candidates or all of them, target samples, or pool and target samples."""
 
     def __init__(
         self, model: nn.Module, kind: str, material: Material, setting: Setting, seed: int, steps: int
@@ -181,12 +181,17 @@ class Plain:
         if self._kind == "mixture":
             passed = backward(self._model, pool, share=0.5) + backward(self._model, target, share=0.5)
             return Filled(passed, passed, torch.ones(len(pool), dtype=torch.float64))
-        count = self._setting.budget if self._kind == "random" else len(pool)
-        index = torch.randperm(len(pool), generator=self._generator)[:count].sort().values
+        index = self._chosen(pool)
         weights = torch.zeros(len(pool), dtype=torch.float64)
         weights[index] = len(pool) / masses(pool)[index].sum()  # mean-preserving: mu'w = n
-        passed = backward(self._model, [pool[i] for i in index.tolist()])
-        return Filled(passed, passed, weights)
+        trained = backward(self._model, [pool[i] for i in index.tolist()])
+        return Filled(trained, len(pool) if self._kind == "logits" else trained, weights)
+
+    def _chosen(self, pool: Sequence[Row]) -> Tensor:  # (k,) ascending
+        if self._kind == "logits":
+            return utilities(self._model, pool).topk(self._setting.budget).indices.sort().values
+        count = self._setting.budget if self._kind == "random" else len(pool)
+        return torch.randperm(len(pool), generator=self._generator)[:count].sort().values
 
     def close(self) -> None:
         pass
@@ -287,6 +292,23 @@ def losses(logits: Tensor, labels: Tensor) -> list[float]:  # (n, T, v), (n, T) 
     )
     found: list[float] = (each.sum(1) / (labels[:, 1:] != data.IGNORED).sum(1)).tolist()
     return found
+
+
+@torch.no_grad()
+def utilities(model: Callable[..., Any], rows: Sequence[Row]) -> Tensor:  # (n,) float64
+    """Nuclear norm of each row's logits at its response tokens, a matrix of them and the vocabulary.
+
+    What UDS scores a sample by (Zou et al., 2025, arXiv 2510.16882), without its comparison with earlier samples.
+    """
+    found = []
+    for part in halves(rows):
+        batch = batch_of(part)
+        logits, labels = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
+        found += [
+            torch.linalg.matrix_norm(own[wanted], "nuc").double()
+            for own, wanted in zip(logits, labels != data.IGNORED, strict=True)
+        ]
+    return torch.stack(found)
 
 
 @torch.no_grad()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the harness trains transformers' Llama")
 
-from evidence import cells, figures, grids, material, runner, settings, tables
+from evidence import cells, figures, grids, material, runner, settings, tables, training
 from evidence.decoding import greedy, same_number
 from evidence.grids import CORE
 from evidence.methods import METHODS
@@ -59,7 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-UNLIKE = ("ours", "token_level", "max_loss", "random", "mixture", "ours_with_target", "ours_warm", "ours (blocks 4)")
+UNLIKE = (
+    *("ours", "token_level", "max_loss", "random", "logit_utility", "mixture"),
+    *("ours_with_target", "ours_warm", "ours (blocks 4)"),
+)
 """Methods with code of their own; the others differ from these by a preset."""
 
 
@@ -428,7 +433,11 @@ CHANGES = {"corrupted": 0.3, "budget": 3, "pool_size": 6, "target_samples": 6}
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(method, name) for method in ("target_only", "full", "random") for name in METHODS[method].ignored],
+    [
+        (method, name)
+        for method in ("target_only", "full", "random", "logit_utility")
+        for name in METHODS[method].ignored
+    ],
 )
 def test_what_a_method_is_said_to_ignore_changes_no_loss(method: str, name: str, folder: Path) -> None:
     plain, other = (
@@ -437,6 +446,20 @@ def test_what_a_method_is_said_to_ignore_changes_no_loss(method: str, name: str,
     )
     for figure in ("final", "best", "curve", "trials", "tuning"):
         assert plain[figure] == other[figure]
+
+
+def test_utility_is_the_nuclear_norm_of_the_logits_that_predict_the_response(folder: Path) -> None:
+    pool = material.material(folder, Cell("logit_utility", "svamp", 0, TINY), TARGETS["svamp"]).candidates[0]
+    table, rows = torch.randn(300, 20), training.ordered(pool)
+
+    def model(input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=table[input_ids])
+
+    for row, found in zip(rows, training.utilities(model, rows).tolist(), strict=True):
+        batch = training.batch_of([row])
+        first = int((batch["labels"][0] != data.IGNORED).nonzero()[0])
+        logits = table[batch["input_ids"][0, first - 1 : -1]]
+        assert found == pytest.approx(float(torch.linalg.svdvals(logits.double()).sum()), rel=1e-4)
 
 
 def test_when_the_loss_of_full_is_reached() -> None:
