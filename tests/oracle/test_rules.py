@@ -139,6 +139,15 @@ def test_functional_with_several_rows_a_candidate() -> None:
             torch.testing.assert_close(recorder.contributions().per_candidate(p)[i], value, rtol=1e-11, atol=1e-14)
 
 
+def test_functional_module_with_a_child_of_two_names() -> None:
+    mixer = Mixer()
+    mixer.alias = mixer.inside
+    model = Around(mixer)
+    parameters = list(model.parameters())
+    assert worst_error(model, mean_loss(rows_of(3)), 3, functional=["mixer"]) < 1e-10
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+
+
 def test_functional_module_called_twice_and_under_checkpointing() -> None:
     class Twice(Around):
         def forward(self, x: Tensor) -> Tensor:
