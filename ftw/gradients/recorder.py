@@ -9,6 +9,7 @@ Longer than others: window, hooks and audits share one state, which must be undo
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -106,6 +107,8 @@ class Recorder:
         self._wanted = parameters
         self._check = check
         self._anchor = torch.zeros((), requires_grad=True)
+        self._shared: set[str] = set()  # tables that are looked up once for all rows
+        self._reached: Counter[str] = Counter()  # calls with gradient in the block's first forward, by layer
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
         self._parameters: dict[Parameter, str] = {}
@@ -182,7 +185,12 @@ class Recorder:
             if self._identity_due:
                 self._audit_identity(self.window.forwards[self._first].layout)
             self._settle(self.window.since(mark), parked)
-        except BaseException:
+        except BaseException as error:
+            if self._auditing and self._shared:
+                error.add_note(
+                    f"inside record(), {', '.join(sorted(self._shared))} looked positions (T,) up for each row, and "
+                    "gave (rows, T, d) instead of (T, d); if the model cannot take that, look up (1, T) positions."
+                )
             self.window.rewind(mark)
             for p, grad in (parked | outside).items():
                 p.grad = grad
@@ -194,6 +202,7 @@ class Recorder:
         finally:
             self._active, self._inside, self._call, self._maps = False, None, None, None
             self._prepare = None
+            self._reached.clear()
             self._unowned, self._dropped = [], {}
             if self._whole is not None:
                 self._whole.close()
@@ -321,7 +330,10 @@ class Recorder:
         assert self._call is not None
         args, kwargs = self._call
         with self.autocast(), self._company.in_step(self.model, args, kwargs) as forward:
-            proved = not looks or audit.check_identity(self.model, self._layers, args, kwargs, layout, forward)
+            divided = [layer for layer in self._layers if layer.name not in self._shared]
+            proved = not looks or audit.check_identity(
+                self.model, divided, args, kwargs, layout, self._reached, forward
+            )
         proved = self._company.all(proved)
         self._identity_due = not proved
         self._inconclusive += not proved
@@ -554,13 +566,19 @@ class Recorder:
             layer.detach()
         elif self._whole is not None:
             self._whole.watch(layer)
-        if self._inside is not None and args and isinstance(args[0], Tensor):
-            # Positions, looked up once for all rows: look them up for each, so that each has its gradient.
-            ids, rows = args[0], self._inside.layout.rows
-            shared = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
-            if layer.rule.event(module) == 0 and shared and ids.shape[0] != rows:
-                return (ids.expand(rows, ids.shape[-1]), *args[1:])
+        if layer.rule.event(module) == 0 and args and isinstance(args[0], Tensor):
+            return self._each_row(layer, args, self._forward_of(layer).layout)
         return None
+
+    def _each_row(self, layer: TappedLayer, args: tuple[Any, ...], layout: Layout) -> Any:
+        """Positions, looked up once for all rows: look them up for each, so that each has its gradient."""
+        ids, rows = args[0], layout.rows
+        # A table once looked up by (T,) positions is so, too, where there are as many of them as rows.
+        if ids.dim() == 1 and (layer.name in self._shared or not layout.fits(ids.shape)):
+            self._shared.add(layer.name)
+        elif ids.dim() != 2 or ids.shape[0] != 1 or rows == 1:
+            return None
+        return (ids.expand(rows, ids.shape[-1]), *args[1:])
 
     def _after_layer(self, layer: TappedLayer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._active or not torch.is_grad_enabled():
@@ -616,6 +634,7 @@ class Recorder:
         reached = [grad for grad in grads if grad is not None]
         if not reached:
             return
+        self._reached[layer.name] += forward is self.window.forwards[self._first]
         self._precision = max(self._precision, *(torch.finfo(grad.dtype).eps for grad in reached))
         call = Call(
             layer.module,
