@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -503,6 +504,18 @@ def test_a_term_added_later_is_found(lean: bool) -> None:
     model.zero_grad()
     with pytest.raises(CompletenessError, match=r"first\.weight"), recorder.record():
         (loss_of(model, data()) + model.penalty()).backward()
+
+
+def test_gradients_of_gradients_are_refused_in_any_block() -> None:
+    model, x = MLP(), data().requires_grad_()
+    recorder = Recorder(model)
+    for penalised in (False, True):
+        with pytest.raises(RecordingError, match="create_graph") if penalised else nullcontext(), recorder.record():
+            loss = loss_of(model, x)
+            if penalised:
+                loss = loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+            loss.backward()
+    assert recorder.count == 4
 
 
 def test_stale_gradient_without_lean_mode() -> None:
