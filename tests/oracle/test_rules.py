@@ -307,6 +307,15 @@ def test_token_maps_reach_multihead_attention() -> None:
     assert worst_error(Attending("causal"), mean_loss(rows_of(3, 4, 6)), 3, candidates=rows) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("use", "options", "message"), [("cross", "joint", "other"), ("self", "learned keys", "learned")]
+)
+def test_tokens_whose_keys_are_unknown_are_refused(use: str, options: str, message: str) -> None:
+    rows = torch.arange(3)[:, None].expand(3, 4)
+    with pytest.raises(CandidateLayoutError, match=f"{message}.*give one candidate a row"):
+        worst_error(Attending(use, **ATTENTIONS[options]), mean_loss(rows_of(3, 4, 6)), 3, candidates=rows)
+
+
 def test_a_functional_module_without_a_tensor_is_refused() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
