@@ -107,7 +107,8 @@ class Recorder:
         self._wanted = parameters
         self._check = check
         self._anchor = torch.zeros((), requires_grad=True)
-        self._shared: set[str] = set()  # tables that are looked up once for all rows
+        self._shared: set[str] = set()  # tables that were looked up by (T,) positions
+        self._expanded: set[str] = set()  # tables that were looked up for each row in place of all
         self._reached: Counter[str] = Counter()  # calls with gradient in the block's first forward, by layer
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
@@ -186,10 +187,12 @@ class Recorder:
                 self._audit_identity(self.window.forwards[self._first].layout)
             self._settle(self.window.since(mark), parked)
         except BaseException as error:
-            if self._auditing and self._shared:
+            if self._auditing and self._expanded:
                 error.add_note(
-                    f"inside record(), {', '.join(sorted(self._shared))} looked positions (T,) up for each row, and "
-                    "gave (rows, T, d) instead of (T, d); if the model cannot take that, look up (1, T) positions."
+                    f"inside record(), {', '.join(sorted(self._expanded))} looked up for each row what the model "
+                    "looks up once for all (positions, virtual tokens), and gave (rows, T, d); if the model cannot take "
+                    "that, look up (1, T) of them and expand the result instead of repeating it, or name the module "
+                    "around the table (the model itself, if need be) in functional=[...]."
                 )
             self.window.rewind(mark)
             for p, grad in (parked | outside).items():
@@ -578,6 +581,7 @@ class Recorder:
             self._shared.add(layer.name)
         elif ids.dim() != 2 or ids.shape[0] != 1 or rows == 1:
             return None
+        self._expanded.add(layer.name)
         return (ids.expand(rows, ids.shape[-1]), *args[1:])
 
     def _after_layer(self, layer: TappedLayer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

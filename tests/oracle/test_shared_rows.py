@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftw.errors import CandidateLayoutError
 from ftw.gradients import Recorder
+from ftw.gradients.rules import rules_for
 
 LENGTH = 5
 
@@ -40,9 +41,11 @@ class Positioned(nn.Module):
         if self.how == "latents":
             each = self.inside(self.position.weight.detach())
         else:
-            each = self.position(positions[None] if self.how == "(1, T)" else positions)
+            each = self.position(positions[None] if self.how in ("(1, T)", "repeated") else positions)
         if self.how == "expanded":
             each = each[None].expand(len(ids), -1, -1)
+        if self.how == "repeated":  # as peft's prompt tuning does
+            each = each.repeat(len(ids), 1, 1)
         return torch.tanh(self.inside(self.token(ids) + each))
 
 
@@ -100,7 +103,24 @@ def test_as_many_shared_rows_as_the_first_batch_has_are_refused(how: str, layer:
         worst_error(how, [LENGTH])
 
 
-def test_a_model_that_cannot_take_positions_of_each_row_is_told_why() -> None:
-    with pytest.raises(RuntimeError, match="expand") as caught:
-        worst_error("expanded", [LENGTH - 1])
-    assert "position looked positions (T,) up for each row" in caught.value.__notes__[0]
+@pytest.mark.parametrize("how", ["expanded", "repeated"])
+def test_a_model_that_cannot_take_positions_of_each_row_is_told_why(how: str) -> None:
+    with pytest.raises(RuntimeError, match=r"expand|must match") as caught:
+        worst_error(how, [LENGTH - 1])
+    (note,) = caught.value.__notes__
+    assert "position looked up for each row" in note
+    assert "functional=" in note
+
+
+def test_a_model_that_repeats_virtual_tokens_itself_is_worked_out_as_a_whole() -> None:
+    model, ids = Positioned("repeated"), ids_of(3, 0)
+    recorder = Recorder(model, rules=rules_for([Positioned]))
+    for _ in range(2):
+        recorder.clear()
+        with recorder.record():
+            losses(model, ids).sum().backward()
+    found = recorder.contributions()
+    for i in range(3):
+        alone = torch.autograd.grad(losses(model, ids[i : i + 1]).sum(), list(model.parameters()))
+        for p, value in zip(model.parameters(), alone, strict=True):
+            torch.testing.assert_close(found.per_candidate(p)[i], value, rtol=1e-12, atol=1e-15)
