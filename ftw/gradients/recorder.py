@@ -190,9 +190,9 @@ class Recorder:
             if self._auditing and self._expanded:
                 error.add_note(
                     f"inside record(), {', '.join(sorted(self._expanded))} looked up for each row what the model "
-                    "looks up once for all (positions, virtual tokens), and gave (rows, T, d); if the model cannot take "
-                    "that, look up (1, T) of them and expand the result instead of repeating it, or name the module "
-                    "around the table (the model itself, if need be) in functional=[...]."
+                    "looks up once for all (positions, virtual tokens), and gave (rows, T, d); if the model cannot "
+                    "take that, look up (1, T) of them and expand the result instead of repeating it, or name the "
+                    "module around the table (the model itself, if need be) in functional=[...]."
                 )
             self.window.rewind(mark)
             for p, grad in (parked | outside).items():
