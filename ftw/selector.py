@@ -448,7 +448,13 @@ class Selector:
         self._recorder.close()
 
     def coverage(self) -> CoverageTable:
-        """How each trainable parameter of the model is handled; printed, it is a table."""
+        """How each trainable parameter of the model is handled; printed, it is a table.
+
+        Raises:
+            RecordingError: the selector is closed, or parameters were frozen or thawed in the middle of a window.
+            CoverageError: one that was thawed since the last step has no rule.
+        """
+        self._recorder.refresh_layers()
         return describe(self.model, self._recorder.layers, self._recorder.uncovered, self.uncovered)
 
     # -- resuming --------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ class Recorder:
         self._reached: Counter[str] = Counter()  # calls with gradient in the block's first forward, by layer
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
+        self._batch_norms: dict[str, nn.Module] = {}
         self._parameters: dict[Parameter, str] = {}
         self._active = False
         self._auditing = False
@@ -304,13 +305,13 @@ class Recorder:
         """Remove all hooks and forget the window. Recording again needs a new recorder."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._layers, self._parameters = [], [], {}
+        self._handles, self._layers, self._batch_norms, self._parameters = [], [], {}, {}
         self.window = Window()
 
     def _refuse_mixing(self) -> None:
         """What lets candidates mix, or changes a gradient on its way, where no audit would see it."""
-        for name, module in self.model.named_modules() if self._identity_due else ():
-            if isinstance(module, _BatchNorm) and module.training:
+        for name, module in self._batch_norms.items() if self._check else ():
+            if module.training:
                 raise CandidateLayoutError(
                     f"{name} ({type(module).__name__}) is in training mode and mixes the candidates of a batch; each "
                     "candidate must be computed by itself; put that module into eval mode, or use another norm."
@@ -537,17 +538,19 @@ class Recorder:
             self._attach()
 
     def _attach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
         wanted = None if self._wanted is None else self._wanted()
         coverage = find_layers(self.model, wanted, uncovered=self._uncovered_policy, rules=self._rules)
-        self._layers, self.uncovered = coverage.layers, coverage.uncovered
-        found = {p for layer in self._layers for p in layer.parameters.values()}
-        self._parameters = {p: name for name, p in self.model.named_parameters() if p in found}
+        found = {p for layer in coverage.layers for p in layer.parameters.values()}
+        parameters = {p: name for name, p in self.model.named_parameters() if p in found}
+        self.extractor.check(self.model, {name: p for p, name in parameters.items()})
+        # Nothing was changed so far: what cannot be recorded may be frozen again, and recording goes on as before.
+        for handle in self._handles:
+            handle.remove()
+        self._layers, self.uncovered, self._parameters = coverage.layers, coverage.uncovered, parameters
+        self._batch_norms = {name: each for name, each in self.model.named_modules() if isinstance(each, _BatchNorm)}
         self._completeness_due = self._identity_due = self._check
         self._inconclusive = 0
         self._anchor_device = next(iter(found)).device
-        self.extractor.check(self.model, {name: p for p, name in self._parameters.items()})
         self._handles = [
             self.model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True, prepend=True),
             self.model.register_forward_hook(_Hook(self._after_model), always_call=True),

@@ -453,6 +453,30 @@ def test_batch_norm_in_training_mode_mixes_candidates() -> None:
     model.batch.eval()
     with recorder.record():
         loss_of(model, data()).backward()
+    model.batch.train()  # after the audit
+    with pytest.raises(CandidateLayoutError, match="batch"), recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_a_parameter_without_a_rule_may_be_thawed_and_frozen_again() -> None:
+    class Scaled(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    model = Scaled()
+    recorder = Recorder(model)
+    for _ in range(2):
+        model.scale.requires_grad_(True)
+        with pytest.raises(CoverageError, match="scale"), recorder.record():
+            pass
+        model.scale.requires_grad_(False)
+        with recorder.record():
+            loss_of(model, data()).backward()
+        recorder.clear()
 
 
 def test_a_head_called_outside_the_model_is_refused() -> None:
