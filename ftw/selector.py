@@ -618,7 +618,7 @@ class Selector:
     def _forget_early(self) -> None:
         if self._early is not None:
             self._restore(self._before)
-            self._early = self._early_geometry = self._recorder.direction = None
+            self._g = self._early = self._early_geometry = self._recorder.direction = None
 
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
@@ -677,7 +677,7 @@ class Selector:
             )
         except BaseException:
             self._restore(self._before)
-            self._early = self._early_geometry = None
+            self._g = self._early = self._early_geometry = None
             raise
 
     # -- fidelity --------------------------------------------------------------------------------------------------
