@@ -136,6 +136,7 @@ def decide_samples(step: Step, absent: Sequence[int] = ()) -> Decided:
     if step.scaled and measurement.excluded:
         return step.overflow(contributions)
     contributions = contributions.without(measurement.excluded)
+    step.recorder.window.faulty = measurement.excluded
     if step.policy.solver.needs_gram:
         # A candidate without gradient (all its labels masked) would take weight from the others for nothing.
         idle = (measurement.true.gram.diagonal() == 0).nonzero().flatten().tolist()
@@ -174,6 +175,7 @@ def decide_beyond_cap(step: Step) -> Decided:
                 "to select; lower the learning rate or look at the loss."
             )
         return step.overflow(None)
+    window.faulty = faulty
     # As in `decide_samples`: without gradient, a candidate would take weight from the others.
     absent = sorted({*faulty, *(window.unreached() if step.policy.solver.needs_gram else ())})
     absent = faulty if len(absent) == len(alignment) else absent

@@ -448,7 +448,13 @@ class Selector:
         self._recorder.close()
 
     def coverage(self) -> CoverageTable:
-        """How each trainable parameter of the model is handled; printed, it is a table."""
+        """How each trainable parameter of the model is handled; printed, it is a table.
+
+        Raises:
+            RecordingError: the selector is closed, or parameters were frozen or thawed in the middle of a window.
+            CoverageError: one that was thawed since the last step has no rule.
+        """
+        self._recorder.refresh_layers()
         return describe(self.model, self._recorder.layers, self._recorder.uncovered, self.uncovered)
 
     # -- resuming --------------------------------------------------------------------------------------------------
@@ -612,7 +618,7 @@ class Selector:
     def _forget_early(self) -> None:
         if self._early is not None:
             self._restore(self._before)
-            self._early = self._early_geometry = self._recorder.direction = None
+            self._g = self._early = self._early_geometry = self._recorder.direction = None
 
     def _target(self) -> dict[Parameter, Tensor]:
         """g of everything that can be recorded, whatever this window used: its schedule must not depend on that."""
@@ -671,7 +677,7 @@ class Selector:
             )
         except BaseException:
             self._restore(self._before)
-            self._early = self._early_geometry = None
+            self._g = self._early = self._early_geometry = None
             raise
 
     # -- fidelity --------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def check_identity(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     layout: Layout,
+    reached: Mapping[str, int],
     forward: Callable[..., Any] | None = None,
 ) -> bool:
     """Raise `CandidateLayoutError` unless candidate i's part of every tapped layer's input depends on i alone.
@@ -77,7 +78,11 @@ def check_identity(
     binary; for each digit, those with a 1 are exchanged for other data, then those with a 0: whatever
     permutation or mixture a layer sees, one of these 2 log2(n) forwards moves a candidate that should have stayed.
 
+    A layer in which nobody moved, in some call that got gradient, is looked at in a batch of one row less: if it gets
+    as many rows then, they are not the batch's (positions or latent queries, as many as the batch by chance).
+
     Args:
+        reached: layer -> how many of its calls got gradient.
         forward: runs the model; default: the model itself.
 
     Returns:
@@ -90,12 +95,12 @@ def check_identity(
     with quiet(model):
         base = _fingerprints(forward, layers, args, kwargs, layout)
         try:
-            return _exchange_all(forward, layers, base, args, kwargs, layout, least=1)
+            return _exchange_all(forward, layers, base, args, kwargs, layout, reached, least=1)
         except CandidateLayoutError:
             if len(depths) < 2 or 1 not in depths:
                 raise
             # A vector as long as the batch by chance (positions, say) is no batch: leave vectors alone.
-            return _exchange_all(forward, layers, base, args, kwargs, layout, least=2)
+            return _exchange_all(forward, layers, base, args, kwargs, layout, reached, least=2)
 
 
 def _exchange_all(
@@ -105,10 +110,11 @@ def _exchange_all(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     layout: Layout,
+    reached: Mapping[str, int],
     least: int,
 ) -> bool:
     numbers = torch.arange(layout.count)
-    moved = torch.zeros(len(layers), layout.count, dtype=torch.bool)
+    moved = [torch.zeros(len(calls), layout.count, dtype=torch.bool) for calls in base]
     content = first_tensor(args, kwargs)
     for digit in range((layout.count - 1).bit_length()):
         ones = (numbers >> digit) & 1 == 1
@@ -118,29 +124,68 @@ def _exchange_all(
             after = _fingerprints(forward, layers, other_args, other_kwargs, layout)
             for i, (layer, old, new) in enumerate(zip(layers, base, after, strict=True)):
                 moved[i] |= _compare(layer, old, new, changed, layout)
-    telling = torch.tensor([_is_telling(layer, calls) for layer, calls in zip(layers, base, strict=True)])
-    return bool(moved[telling].all())
+    still, proved = [], True
+    for i, (layer, calls) in enumerate(zip(layers, base, strict=True)):
+        # What looks up the same for all candidates (positions) tells nothing.
+        telling = torch.tensor([not _looks_up_alike(layer, call) for call in calls], dtype=torch.bool)
+        proved &= not bool(telling.any()) or bool(moved[i].any(0).all())
+        at_rest = int((telling & ~moved[i].any(1)).sum())
+        if at_rest and reached.get(layer.name, 0) > len(calls) - at_rest:
+            still.append(i)
+    if still and layout.rows > 1:
+        _require_rows(forward, layers, base, args, kwargs, layout, least, still)
+    return proved
 
 
-def _is_telling(layer: TappedLayer, calls: list[Tensor]) -> bool:
-    """Whether the layer was used, and not just to look up what all candidates share (positions)."""
-    shared = layer.rule.event(layer.module) == 0 and all(bool((call == call[0]).all()) for call in calls)
-    return bool(calls) and not shared
+def _require_rows(
+    forward: Callable[..., Any],
+    layers: Sequence[TappedLayer],
+    base: list[list[Tensor]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    least: int,
+    still: Sequence[int],
+) -> None:
+    """Raise unless these layers, by number, have a row less where the batch has."""
+    rows = layout.rows - 1
+    fewer = Layout(rows, owner=None if layout.owner is None else layout.owner[:rows], count=layout.count)
+
+    def shorten(leaf: Any) -> Any:
+        return leaf[:rows] if _is_batched(leaf, layout.rows) and leaf.dim() >= least else leaf
+
+    other_args, other_kwargs = tree_map(shorten, (args, dict(kwargs)))
+    try:
+        after = _fingerprints(forward, layers, other_args, other_kwargs, fewer)
+    except Exception:  # a model of one size of batch
+        return
+    for i in still:
+        if len(after[i]) < len(base[i]):
+            raise CandidateLayoutError(
+                f"layer {layers[i].name} ({type(layers[i].module).__name__}) gets {layout.rows} rows, as many as the "
+                "batch has, in a smaller batch too: they are not its candidates but shared by them (positions, latent "
+                "queries); expand them to one set for each row (positions of shape (1, T) are expanded by ftw), name "
+                "the module around them in functional=[...], or freeze that layer."
+            )
+
+
+def _looks_up_alike(layer: TappedLayer, call: Tensor) -> bool:
+    return layer.rule.event(layer.module) == 0 and bool((call == call[0]).all())
 
 
 def _compare(
     layer: TappedLayer, before: list[Tensor], after: list[Tensor], changed: Tensor, layout: Layout
-) -> Tensor:  # (n,) bool
-    """Which candidates moved; raises if one moved that was not exchanged."""
+) -> Tensor:  # (calls, n) bool
+    """Which candidates moved in which call; raises if one moved that was not exchanged."""
     if len(before) != len(after):
         raise CandidateLayoutError(
             f"layer {layer.name} ({type(layer.module).__name__}) is called {len(before)} times for one batch and "
             f"{len(after)} times for another of the same shape; its calls cannot be ascribed to candidates; freeze it."
         )
-    moved = torch.zeros_like(changed)
-    for first, second in zip(before, after, strict=True):
-        moved |= (first - second).abs() > 1e-4 * first.abs().max().clamp_min(1e-30)
-    wrong = moved & ~changed
+    moved = torch.zeros(len(before), len(changed), dtype=torch.bool)
+    for each, first, second in zip(moved, before, after, strict=True):
+        each |= (first - second).abs() > 1e-4 * first.abs().max().clamp_min(1e-30)
+    wrong = moved.any(0) & ~changed
     if bool(wrong.any()):
         raise _mixed(layer, int(wrong.nonzero()[0]), packed=layout.owner is not None and layout.owner.dim() == 2)
     return moved

@@ -9,6 +9,7 @@ Longer than others: window, hooks and audits share one state, which must be undo
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -106,8 +107,12 @@ class Recorder:
         self._wanted = parameters
         self._check = check
         self._anchor = torch.zeros((), requires_grad=True)
+        self._shared: set[str] = set()  # tables that were looked up by (T,) positions
+        self._expanded: set[str] = set()  # tables that were looked up for each row in place of all
+        self._reached: Counter[str] = Counter()  # calls with gradient in the block's first forward, by layer
         self._handles: list[Any] = []
         self._layers: list[TappedLayer] = []
+        self._batch_norms: dict[str, nn.Module] = {}
         self._parameters: dict[Parameter, str] = {}
         self._active = False
         self._auditing = False
@@ -182,7 +187,14 @@ class Recorder:
             if self._identity_due:
                 self._audit_identity(self.window.forwards[self._first].layout)
             self._settle(self.window.since(mark), parked)
-        except BaseException:
+        except BaseException as error:
+            if self._auditing and self._expanded:
+                error.add_note(
+                    f"inside record(), {', '.join(sorted(self._expanded))} looked up for each row what the model "
+                    "looks up once for all (positions, virtual tokens), and gave (rows, T, d); if the model cannot "
+                    "take that, look up (1, T) of them and expand the result instead of repeating it, or name the "
+                    "module around the table (the model itself, if need be) in functional=[...]."
+                )
             self.window.rewind(mark)
             for p, grad in (parked | outside).items():
                 p.grad = grad
@@ -194,6 +206,7 @@ class Recorder:
         finally:
             self._active, self._inside, self._call, self._maps = False, None, None, None
             self._prepare = None
+            self._reached.clear()
             self._unowned, self._dropped = [], {}
             if self._whole is not None:
                 self._whole.close()
@@ -292,13 +305,13 @@ class Recorder:
         """Remove all hooks and forget the window. Recording again needs a new recorder."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._layers, self._parameters = [], [], {}
+        self._handles, self._layers, self._batch_norms, self._parameters = [], [], {}, {}
         self.window = Window()
 
     def _refuse_mixing(self) -> None:
         """What lets candidates mix, or changes a gradient on its way, where no audit would see it."""
-        for name, module in self.model.named_modules() if self._identity_due else ():
-            if isinstance(module, _BatchNorm) and module.training:
+        for name, module in self._batch_norms.items() if self._check else ():
+            if module.training:
                 raise CandidateLayoutError(
                     f"{name} ({type(module).__name__}) is in training mode and mixes the candidates of a batch; each "
                     "candidate must be computed by itself; put that module into eval mode, or use another norm."
@@ -321,7 +334,10 @@ class Recorder:
         assert self._call is not None
         args, kwargs = self._call
         with self.autocast(), self._company.in_step(self.model, args, kwargs) as forward:
-            proved = not looks or audit.check_identity(self.model, self._layers, args, kwargs, layout, forward)
+            divided = [layer for layer in self._layers if layer.name not in self._shared]
+            proved = not looks or audit.check_identity(
+                self.model, divided, args, kwargs, layout, self._reached, forward
+            )
         proved = self._company.all(proved)
         self._identity_due = not proved
         self._inconclusive += not proved
@@ -522,17 +538,19 @@ class Recorder:
             self._attach()
 
     def _attach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
         wanted = None if self._wanted is None else self._wanted()
         coverage = find_layers(self.model, wanted, uncovered=self._uncovered_policy, rules=self._rules)
-        self._layers, self.uncovered = coverage.layers, coverage.uncovered
-        found = {p for layer in self._layers for p in layer.parameters.values()}
-        self._parameters = {p: name for name, p in self.model.named_parameters() if p in found}
+        found = {p for layer in coverage.layers for p in layer.parameters.values()}
+        parameters = {p: name for name, p in self.model.named_parameters() if p in found}
+        self.extractor.check(self.model, {name: p for p, name in parameters.items()})
+        # Nothing was changed so far: what cannot be recorded may be frozen again, and recording goes on as before.
+        for handle in self._handles:
+            handle.remove()
+        self._layers, self.uncovered, self._parameters = coverage.layers, coverage.uncovered, parameters
+        self._batch_norms = {name: each for name, each in self.model.named_modules() if isinstance(each, _BatchNorm)}
         self._completeness_due = self._identity_due = self._check
         self._inconclusive = 0
         self._anchor_device = next(iter(found)).device
-        self.extractor.check(self.model, {name: p for p, name in self._parameters.items()})
         self._handles = [
             self.model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True, prepend=True),
             self.model.register_forward_hook(_Hook(self._after_model), always_call=True),
@@ -554,13 +572,20 @@ class Recorder:
             layer.detach()
         elif self._whole is not None:
             self._whole.watch(layer)
-        if self._inside is not None and args and isinstance(args[0], Tensor):
-            # Positions, looked up once for all rows: look them up for each, so that each has its gradient.
-            ids, rows = args[0], self._inside.layout.rows
-            shared = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
-            if layer.rule.event(module) == 0 and shared and ids.shape[0] != rows:
-                return (ids.expand(rows, ids.shape[-1]), *args[1:])
+        if layer.rule.event(module) == 0 and args and isinstance(args[0], Tensor):
+            return self._each_row(layer, args, self._forward_of(layer).layout)
         return None
+
+    def _each_row(self, layer: TappedLayer, args: tuple[Any, ...], layout: Layout) -> Any:
+        """Positions, looked up once for all rows: look them up for each, so that each has its gradient."""
+        ids, rows = args[0], layout.rows
+        # A table once looked up by (T,) positions is so, too, where there are as many of them as rows.
+        if ids.dim() == 1 and (layer.name in self._shared or not layout.fits(ids.shape)):
+            self._shared.add(layer.name)
+        elif ids.dim() != 2 or ids.shape[0] != 1 or rows == 1:
+            return None
+        self._expanded.add(layer.name)
+        return (ids.expand(rows, ids.shape[-1]), *args[1:])
 
     def _after_layer(self, layer: TappedLayer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._active or not torch.is_grad_enabled():
@@ -616,6 +641,7 @@ class Recorder:
         reached = [grad for grad in grads if grad is not None]
         if not reached:
             return
+        self._reached[layer.name] += forward is self.window.forwards[self._first]
         self._precision = max(self._precision, *(torch.finfo(grad.dtype).eps for grad in reached))
         call = Call(
             layer.module,

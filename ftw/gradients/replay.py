@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import MemoryCapError, RecordingError
+from ftw.gradients.audit import first_tensor
 from ftw.gradients.base import Contributions
 from ftw.gradients.layout import Layout
 from ftw.gradients.share import Share
@@ -84,7 +85,7 @@ def _replay_share(recorder: Recorder, chosen: Tensor, pending: Sequence[Paramete
     window = recorder.window
     local = torch.full((window.count,), -1)
     local[chosen] = torch.arange(len(chosen))
-    share = Share(pending=frozenset(pending), room=room)
+    share = Share(pending=frozenset(pending), room=room, faulty=window.faulty)
     with parked_gradients(recorder.model.parameters()), recorder.aside(share):
         # Block by block, as they were recorded: a piece that is written out has room for the block's candidates only.
         for _, block in groupby(_needed(window, local), key=lambda run: run[0].layout.start):
@@ -133,8 +134,18 @@ def _needed(window: Window, local: Tensor) -> Iterator[tuple[Forward, Tensor]]:
         numbers = _numbers(forward, local)
         rows = (numbers >= 0).flatten(1).any(1) if numbers.dim() > 1 else numbers >= 0
         if bool(rows.any()):
-            # Dropout draws by the shape of the batch: the same masks need the same rows.
-            yield forward, torch.arange(forward.layout.rows) if forward.drew else rows.nonzero().flatten()
+            # Dropout draws by the shape of the batch: the same masks need as many rows.
+            whole = forward.drew or _is_ambiguous(forward)
+            yield forward, torch.arange(forward.layout.rows) if whole else rows.nonzero().flatten()
+
+
+def _is_ambiguous(forward: Forward) -> bool:
+    """Whether a vector among the arguments may be as long as the batch by chance (positions, say)."""
+    if forward.call is None:
+        return False
+    rows = forward.layout.rows
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(forward.call) if isinstance(leaf, Tensor)]
+    return first_tensor(*forward.call).shape[1:2] == (rows,) and (rows,) in shapes
 
 
 def _numbers(forward: Forward, local: Tensor) -> Tensor:
@@ -152,15 +163,25 @@ def _run_again(recorder: Recorder, forward: Forward, rows: Tensor, factor: Tenso
         )
     args, kwargs = forward.call
     total = forward.layout.rows
+    data = rows if _is_ambiguous(forward) else _spare_faulty(forward, recorder.window.faulty, rows, factor)
+    as_it_was = torch.equal(data, torch.arange(total))
 
     def take(leaf: Any) -> Any:
         batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == total
-        return leaf[rows.to(leaf.device)] if batched and len(rows) < total else leaf
+        return leaf[data.to(leaf.device)] if batched and not as_it_was else leaf
 
     args, kwargs = tree_map(take, (args, dict(kwargs)))
     with _random(forward.random_state), torch.enable_grad(), recorder.autocast():
         output = tree_leaves(recorder.model(*args, **kwargs))[forward.output]
     output.backward(forward.output_gradient.weighted(rows, factor))
+
+
+def _spare_faulty(forward: Forward, faulty: Sequence[int], rows: Tensor, factor: Tensor) -> Tensor:
+    """The rows whose data to run: where a quarantined candidate holds a place, another's, for 0 * NaN is NaN."""
+    counts = factor.flatten(1).any(1) if factor.dim() > 1 else factor != 0
+    ill = torch.isin(forward.candidates()[rows], torch.tensor(faulty, dtype=torch.long))
+    ill = (ill.flatten(1).any(1) if ill.dim() > 1 else ill) & ~counts
+    return torch.where(ill, rows[counts][:1], rows) if bool(counts.any()) else rows
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftw.errors import RecordingError
+
 Listener = Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
 """Called in the backward with the saved tensors and the gradient of each output (None: not reached)."""
 
@@ -38,6 +40,11 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RecordingError(
+                "a backward with create_graph=True ran inside record(), where gradients of gradients (a gradient "
+                "penalty) are not recorded; leave that term out, or take it outside of the block."
+            )
         saved = ctx.saved_tensors
         with torch.no_grad():
             ctx.listener(saved, grads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -113,6 +113,8 @@ class Window:
     """Of the pieces, and of what forwards keep to be run again."""
     alignment: Tensor | None = None
     """(n,) float64, where pieces were dropped under a memory cap: what is left of them."""
+    faulty: Sequence[int] = ()
+    """Candidates that a decision has quarantined; a replay keeps clear of them."""
 
     @property
     def kept_bytes(self) -> int:

@@ -409,17 +409,22 @@ def test_nobody_worth_choosing_beyond_the_cap() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_a_failed_first_block_gives_the_target_batch_back() -> None:
+@pytest.mark.parametrize("after_forward", [False, True])
+def test_a_failed_first_block_gives_the_target_batch_back(after_forward: bool) -> None:
     model = MLP()
-    selector, _ = small_selector(model)
-    with pytest.raises(ZeroDivisionError), selector.record():
-        raise ZeroDivisionError
-    assert selector.target.state_dict()["position"] == 0
-    assert selector._recorder.direction is None
-    with selector.record():
-        small_loss(model, small(6, 0)).backward()
-    selector.apply()
-    assert selector.target.state_dict()["position"] == 1
+    selector, optimizer = small_selector(model)
+    for step in range(2):
+        with pytest.raises(ZeroDivisionError), selector.record():
+            if after_forward:  # where g is known by then
+                small_loss(model, small(6, 1))
+            raise ZeroDivisionError
+        assert selector.target.state_dict()["position"] == step
+        assert selector._recorder.direction is None
+        with selector.record():
+            small_loss(model, small(6, 0)).backward()
+        selector.apply()
+        assert selector.target.state_dict()["position"] == step + 1
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("broken", ["routes.read_survivors", "routes.weigh_survivors", "writing.all_finite"])

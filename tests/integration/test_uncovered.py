@@ -115,6 +115,12 @@ def test_coverage_lists_every_trainable_parameter(policy: str) -> None:
     assert [row.how for row in table] == [policy, "recorded", "recorded", "recorded"]
     for row in table:
         assert row.parameter in str(table)
+    model.last.bias.requires_grad_(True)
+    assert [row.how for row in selector.coverage()] == [policy, "recorded", "recorded", "recorded", "recorded"]
+    selector.close()
+    with pytest.raises(RecordingError, match="closed"):
+        selector.coverage()
+    model.last.bias.requires_grad_(False)
     held = torch.optim.AdamW([model.layer.weight], lr=1e-2)
     only = ftw.Selector(model, held, target=[data(5, 9)], loss_fn=loss_of)
     assert {row.parameter: row.how for row in only.coverage()} == {

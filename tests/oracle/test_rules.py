@@ -139,6 +139,15 @@ def test_functional_with_several_rows_a_candidate() -> None:
             torch.testing.assert_close(recorder.contributions().per_candidate(p)[i], value, rtol=1e-11, atol=1e-14)
 
 
+def test_functional_module_with_a_child_of_two_names() -> None:
+    mixer = Mixer()
+    mixer.alias = mixer.inside
+    model = Around(mixer)
+    parameters = list(model.parameters())
+    assert worst_error(model, mean_loss(rows_of(3)), 3, functional=["mixer"]) < 1e-10
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+
+
 def test_functional_module_called_twice_and_under_checkpointing() -> None:
     class Twice(Around):
         def forward(self, x: Tensor) -> Tensor:
@@ -296,6 +305,15 @@ def test_multihead_attention(use: str, options: str) -> None:
 def test_token_maps_reach_multihead_attention() -> None:
     rows = torch.arange(3)[:, None].expand(3, 4)
     assert worst_error(Attending("causal"), mean_loss(rows_of(3, 4, 6)), 3, candidates=rows) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "message"), [("cross", "joint", "other"), ("self", "learned keys", "learned")]
+)
+def test_tokens_whose_keys_are_unknown_are_refused(use: str, options: str, message: str) -> None:
+    rows = torch.arange(3)[:, None].expand(3, 4)
+    with pytest.raises(CandidateLayoutError, match=f"{message}.*give one candidate a row"):
+        worst_error(Attending(use, **ATTENTIONS[options]), mean_loss(rows_of(3, 4, 6)), 3, candidates=rows)
 
 
 def test_a_functional_module_without_a_tensor_is_refused() -> None:

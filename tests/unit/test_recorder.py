@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -452,6 +453,30 @@ def test_batch_norm_in_training_mode_mixes_candidates() -> None:
     model.batch.eval()
     with recorder.record():
         loss_of(model, data()).backward()
+    model.batch.train()  # after the audit
+    with pytest.raises(CandidateLayoutError, match="batch"), recorder.record():
+        loss_of(model, data()).backward()
+
+
+def test_a_parameter_without_a_rule_may_be_thawed_and_frozen_again() -> None:
+    class Scaled(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    model = Scaled()
+    recorder = Recorder(model)
+    for _ in range(2):
+        model.scale.requires_grad_(True)
+        with pytest.raises(CoverageError, match="scale"), recorder.record():
+            pass
+        model.scale.requires_grad_(False)
+        with recorder.record():
+            loss_of(model, data()).backward()
+        recorder.clear()
 
 
 def test_a_head_called_outside_the_model_is_refused() -> None:
@@ -503,6 +528,18 @@ def test_a_term_added_later_is_found(lean: bool) -> None:
     model.zero_grad()
     with pytest.raises(CompletenessError, match=r"first\.weight"), recorder.record():
         (loss_of(model, data()) + model.penalty()).backward()
+
+
+def test_gradients_of_gradients_are_refused_in_any_block() -> None:
+    model, x = MLP(), data().requires_grad_()
+    recorder = Recorder(model)
+    for penalised in (False, True):
+        with pytest.raises(RecordingError, match="create_graph") if penalised else nullcontext(), recorder.record():
+            loss = loss_of(model, x)
+            if penalised:
+                loss = loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+            loss.backward()
+    assert recorder.count == 4
 
 
 def test_stale_gradient_without_lean_mode() -> None:

@@ -28,7 +28,8 @@ class MultiheadAttentionRule(LayerRule):
 
     Raises:
         RecordingError: in the backward, with dropout in training mode.
-        CandidateLayoutError: in the backward, with `batch_first=False`.
+        CandidateLayoutError: in the backward, with `batch_first=False`; where candidates are tokens, with keys of other
+            lengths than the queries, or learned ones.
     """
 
     keeps_all = True
@@ -50,6 +51,7 @@ class MultiheadAttentionRule(LayerRule):
         module = call.module
         _refuse(module)
         given = _arguments(call)
+        _refuse_tokens(call, given)
         dtype = accumulate(module.out_proj.weight)
         query, key, value = (given[name].to(dtype) for name in ("query", "key", "value"))
         weights, biases = _projections(module)
@@ -133,6 +135,18 @@ def _arguments(call: Call) -> dict[str, Any]:
             "its rows are the candidates; add the dimension."
         )
     return given
+
+
+def _refuse_tokens(call: Call, given: Mapping[str, Any]) -> None:
+    """A map of tokens says whose each query is; keys must be the same tokens."""
+    by_token = call.layout.owner is not None and call.layout.owner.dim() == 2
+    uneven = given["query"].shape[1] != given["key"].shape[1]
+    if by_token and (uneven or call.module.bias_k is not None):
+        raise CandidateLayoutError(
+            f"nn.MultiheadAttention {'got other tokens as keys than as queries' if uneven else 'has a learned key'}, "
+            f"and candidates are {call.layout.describe()}; whose those keys are is not known; give one candidate a "
+            "row, or freeze that attention."
+        )
 
 
 def _projections(module: Any) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -89,7 +89,13 @@ class FunctionalRule(LayerRule):
         return module in self._named or isinstance(module, tuple(m for m in self.modules if isinstance(m, type)))
 
     def parameters(self, module: nn.Module) -> dict[str, Parameter]:
-        return dict(module.named_parameters(remove_duplicate=False))
+        # Each place once, though a child may have several names: `functional_call` would put back what it put there.
+        places = {}
+        for path, child in module.named_modules():
+            for key, p in child._parameters.items():
+                if p is not None:
+                    places[f"{path}.{key}" if path else key] = p
+        return places
 
     def pieces(self, call: Call, wanted: Mapping[str, Parameter]) -> Iterator[tuple[str, Piece]]:
         _refuse_cache(call)
