@@ -224,6 +224,27 @@ def failing(rank: int) -> dict[str, Any]:
     return found
 
 
+def unlike(rank: int) -> dict[str, Any]:
+    """Each argument in turn is another on the last process."""
+    found: dict[str, Any] = {}
+    for name, values in UNLIKE.items():
+        selector = selector_of(rank, **{name: values[rank]})
+        record(selector, rows_of(rank))
+        found[name] = said(selector.apply)
+        found[f"{name} left"] = gradients_of(selector)
+        selector.close()
+    return found
+
+
+UNLIKE: dict[str, tuple[Any, Any]] = {
+    "budget": (3, 4),
+    "filter": ("greedy", "topk"),
+    "solver": ("pgd", "uniform"),
+    "seed": (0, 1),
+    "reference": ("pool", "target"),
+}
+
+
 def scaled(rank: int) -> dict[str, Any]:
     """A GradScaler on each process; in the second step only the last one's loss overflows."""
     found: dict[str, Any] = {"steps": []}
@@ -349,6 +370,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "empty": empty,
     "faulty": faulty,
     "failing": failing,
+    "unlike": unlike,
     "scaled": scaled,
     "local": local_pools,
     "outside": outside,
@@ -457,6 +479,13 @@ def test_what_fails_on_one_process_fails_on_all_and_can_be_tried_again(tmp_path:
     assert "extras are" in first["names"]
     assert first["alone"] == second["alone"]
     assert len(first["alone"]) == ROWS
+
+
+def test_selectors_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
+    for found in run(__file__, "unlike", tmp_path):
+        for name in UNLIKE:
+            assert f"the selectors of the processes differ in {name}:" in found[name]
+            assert flat(found[f"{name} left"]) == []
 
 
 def test_a_loss_that_overflows_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
