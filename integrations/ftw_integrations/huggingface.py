@@ -101,6 +101,14 @@ class SelectionTrainerMixin(_Base):
 
     # -- the step --------------------------------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; however it ends, an interrupt included, no hook and no window stays behind."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.selector is not None:
+                self.selector.close()
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -312,7 +320,8 @@ class _Windows(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.on_train_end()
+        if self._trainer.selector is not None:  # of an attempt with larger batches
+            self._trainer.selector.close()
         self._trainer.selector = self._trainer.selection = None
         self._trainer._steady = SteadyColumns()
         self._trainer._metrics_of_selection.take()
@@ -321,7 +330,3 @@ class _Windows(TrainerCallback):
         if self._trainer.selector is not None:  # a window that a callback broke off is none
             self._trainer.selector.discard()
             self._trainer._recorded = False
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._trainer.selector is not None:
-            self._trainer.selector.close()

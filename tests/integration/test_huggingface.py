@@ -411,6 +411,29 @@ def test_training_twice_begins_a_new_selector(tmp_path: Path) -> None:
     assert len(choices.made) == 4
 
 
+class Interrupts(TrainerCallback):
+    """In the middle of the third window, once."""
+
+    seen = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        if self.seen == 8:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    trainer, choices = selecting(tmp_path, model_of(), dataclasses.replace(CHOOSING, watch=1), max_steps=4)
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in trainer.model.modules())
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.selector.state_dict()["step"] == len(choices.made) == 2  # its window is released
+    trainer.train()
+    assert [len(made.weights) for made in choices.made] == [8] * 6
+
+
 class Breaks(TrainerCallback):
     """Ends training in the middle of the third window, once."""
 
