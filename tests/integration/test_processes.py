@@ -108,8 +108,10 @@ def in_one(make: Callable[[], nn.Module], world: int, **arguments: Any) -> dict[
     return {"steps": found, "parameters": numbers_of(model)}
 
 
-def selector_of(rank: int, make: Callable[[], nn.Module] = MLP, **arguments: Any) -> ftw.Selector:
-    model = DistributedDataParallel(make())
+def selector_of(
+    rank: int, make: Callable[[], nn.Module] = MLP, static_graph: bool = False, **arguments: Any
+) -> ftw.Selector:
+    model = DistributedDataParallel(make(), static_graph=static_graph)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     target = [rows_of(10 + rank)]
     return ftw.Selector(
@@ -360,6 +362,7 @@ def refused(rank: int) -> dict[str, Any]:
         "uncovered": {"uncovered": "scale"},
         "pool": {"pool": "everywhere"},
         "watch": {"pool": "local", "watch": 1},
+        "static": {"static_graph": True},
     }
     return {name: said(lambda given=each: selector_of(rank, **given)) for name, each in given.items()}
 
@@ -552,6 +555,7 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path: Path) -> None:
             assert "choose pool='local'" in found[name], name
         assert "allowed are 'global', 'local'" in found["pool"]
         assert "watch or an adaptive trust was given with pool='local'" in found["watch"]
+        assert "has static_graph=True" in found["static"]
 
 
 if __name__ == "__main__":
