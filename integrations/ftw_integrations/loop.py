@@ -146,7 +146,10 @@ class Attached:
             except ConfigurationError:
                 self.detach()
                 raise
-        self._handles.append(_Preceded(unwrapped(optimizer), "zero_grad", self._before_zeroing))
+        for each in {unwrapped(optimizer), optimizer}:
+            # Not accelerate's own, which passes on those calls that end a window.
+            if each is unwrapped(optimizer) or type(each).zero_grad is Optimizer.zero_grad:
+                self._handles.append(_Preceded(each, "zero_grad", self._before_zeroing))
         # Ahead of the recorder's, which must find the block open.
         self._handles.append(model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._after_forward))

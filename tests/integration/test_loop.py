@@ -151,6 +151,27 @@ def test_zeroed_gradients_are_none_of_the_step() -> None:
     assert_same(*models)
 
 
+@pytest.mark.parametrize("wrapped", ["by accelerate", "by Fabric"])
+def test_gradients_zeroed_by_a_wrapper(wrapped: str) -> None:
+    model = MLP()
+    optimizer: Any = optimizer_of(model)
+    if wrapped == "by Fabric":
+        fabric = pytest.importorskip("lightning.fabric", reason="the wrapper is its").Fabric(accelerator="cpu")
+        _, optimizer = fabric.setup(model, optimizer)
+    else:
+        accelerate = pytest.importorskip("accelerate", reason="the wrapper is its")
+        optimizer = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    with attach(model, optimizer, **ARGUMENTS) as attached:
+        for step in range(3):
+            loss_of(model, data(4, step)).backward()
+            optimizer.zero_grad()
+        loss_of(model, data(4, 3)).backward()
+        optimizer.step()
+        assert attached.selection is not None
+        assert len(attached.selection.weights) == 4
+    assert "zero_grad" not in vars(optimizer)
+
+
 def test_zeroed_between_a_forward_and_its_backward() -> None:
     model = MLP()
     optimizer = optimizer_of(model)
