@@ -99,7 +99,7 @@ class Target:
 
         Raises:
             TargetError: no batch, no scalar loss, or a loss that reaches none of the parameters.
-            NonFiniteError: g holds NaN or infinity.
+            NonFiniteError: g, or the loss of a batch, is NaN or infinite.
         """
         cached = self._gradient or {}
         stale = cached.keys() != parameters.keys()
@@ -170,10 +170,12 @@ class Target:
         rows = own = 0.0
         begun = self._position
         present: list[Any] | None = None if self.batches_per_refresh == "all" else []
+        losses: list[Tensor] = []
         for batch, weight, factor in company.weighted(self._next_batches(), lambda batch: float(_rows(batch))):
             if present is not None:
                 present.append(batch)
-            grads = self._backward(model, batch, list(parameters.values()), factor)
+            loss, grads = self._backward(model, batch, list(parameters.values()), factor)
+            losses.append(loss)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     total[name] = grad * weight if name not in total else total[name].add_(grad, alpha=weight)
@@ -196,11 +198,16 @@ class Target:
                 f"the target gradient of {name} holds NaN or infinity; no selection can be made from it; look for "
                 "empty labels or bad numbers in the target batches, or a diverged model."
             )
+        if not all_finite(losses):  # of no label at all the mean is NaN, and its gradient 0
+            raise NonFiniteError(
+                f"the target's loss is {', '.join(f'{float(loss):.3g}' for loss in losses)} for its batches, though "
+                "its gradient is finite: a mean over no label is NaN; leave batches without labels out of the target."
+            )
         return result
 
     def _backward(
         self, model: nn.Module, batch: Any, parameters: list[Parameter], factor: float
-    ) -> Sequence[Tensor | None]:
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         # A plain backward, with p.grad out of the way: autograd.grad passes by what checkpointing recomputes.
         devices = {p.device for p in parameters if p.device.type == "cuda"}
         with (
@@ -217,7 +224,7 @@ class Target:
                 )
             loss = loss.reshape(())
             (loss if factor == 1.0 else loss * factor).backward()
-            return [None if p.grad is None else local(p.grad) for p in parameters]
+            return loss.detach(), [None if p.grad is None else local(p.grad) for p in parameters]
 
     def _next_batches(self) -> Iterator[Any]:
         if self.batches_per_refresh == "all":

@@ -14,6 +14,7 @@ Weighted gradients are summed once, when they are written. Called by the selecto
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,6 +90,7 @@ def decide_together(step: Step, spread: Spread) -> Decided:
             "residual": [i for i, p in enumerate(order) if p in step.residual],
             "geometry": step.geometry,
             "scale": [recorder.loss_scale, step.scaled] if recorder.count else None,
+            "settings": _settings(step),
         }
     everybody = group.gather(said)
     pool = _pool(everybody, order)
@@ -238,11 +240,30 @@ class _Decision:
         return replace(selection, predicted_drop=selection.diagnostics["first_order"] - sum(bends))
 
 
+def _settings(step: Step) -> dict[str, Any]:
+    """What every process must have alike, or each would decide something else, and take other turns in between."""
+    policy = step.policy
+    return {
+        **{name: type(getattr(policy, name)).__name__ for name in ("filter", "solver", "constraints")},
+        **{name: getattr(policy, name) for name in ("budget", "objective", "total", "targets")},
+        "reference": step.reference,
+        "relinearise": step.relinearise,
+        "seed": zlib.crc32(bytes(step.generator.get_state().tolist())),  # of its present state
+    }
+
+
 def _pool(said: Sequence[Mapping[str, Any]], order: list[Parameter]) -> _Pool:
     if len({each["names"] for each in said}) > 1:
         raise RecordingError(
             f"the processes record {[each['names'] for each in said]} parameters; each must train the same model; make "
             "the selectors of all processes alike."
+        )
+    settings = [each["settings"] for each in said]
+    if differ := [name for name in settings[0] if any(each[name] != settings[0][name] for each in settings)]:
+        raise ConfigurationError(
+            f"the selectors of the processes differ in {', '.join(differ)}: "
+            f"{[{name: each[name] for name in differ} for each in settings]}; all must make the same decision; give "
+            "them the same arguments, or choose pool='local', with which each process decides alone."
         )
     scales = {tuple(each["scale"]) for each in said if each["scale"] is not None}
     if len(scales) != 1:

@@ -42,6 +42,7 @@ class Setting:
 
     def __init__(self, model: nn.Module, pool: str, group: torch.distributed.ProcessGroup | None) -> None:
         one_of("pool", pool, POOLS)
+        refuse_static_graph(model)
         self.wrapped = model
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -183,6 +184,20 @@ class Setting:
             for gradient in summed.values():
                 gradient.div_(self.group.size)
         return {**gradients, **summed}
+
+
+def refuse_static_graph(wrapper: nn.Module) -> None:
+    """A static graph is learnt from a first backward that synchronises, and under selection none does.
+
+    Raises:
+        ConfigurationError: the wrapper is a DistributedDataParallel that expects one.
+    """
+    if isinstance(wrapper, DistributedDataParallel) and wrapper.static_graph:
+        raise ConfigurationError(
+            "the DistributedDataParallel has static_graph=True, which no backward without its own synchronisation can "
+            "be made in; what is selected is synchronised instead; leave it out (activation checkpointing works "
+            "without, and so do unused parameters)."
+        )
 
 
 def _is_flat(model: nn.Module) -> bool:

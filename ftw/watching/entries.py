@@ -244,6 +244,7 @@ def _entry(line: bytes, where: str) -> Entry:
         wrong = next((each for each in columns[name] if not _is_figure(each)), None)
         if wrong is not None:
             raise DataError(f"{where}: {name} holds {wrong!r}; numbers or null are needed; mend or remove the line.")
+        columns[name] = [None if each is None else float(each) for each in columns[name]]
     for name in columns.keys() & {*NAMES}:
         columns[name] = [label(each) for each in columns[name]]
     return Entry(**known, columns=columns)

@@ -97,9 +97,17 @@ class SelectionTrainerMixin(_Base):
         self._needed = self._selection_arguments.columns
         if self._needed and (there := columns_of(self.train_dataset)) is not None:
             require(self._needed, there, "train_dataset")
-        self.add_callback(_Windows(self))
+        self.add_callback(_Beginning(self))
 
     # -- the step --------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; however it ends, an interrupt included, no hook and no window stays behind."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.selector is not None:
+                self.selector.close()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
@@ -270,7 +278,7 @@ class SelectionTrainerMixin(_Base):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.selector is not None and (self.args.should_save or self.args.world_size > 1):
             os.makedirs(output_dir, exist_ok=True)  # the first process may not have come to it
-            torch.save(self.selector.state_dict(), os.path.join(output_dir, self._state_name))
+            torch.save(self.selector.state_dict(within_window=True), os.path.join(output_dir, self._state_name))
 
     @property
     def _state_name(self) -> str:
@@ -305,23 +313,15 @@ def _packed(inputs: Mapping[str, Any]) -> Tensor | None:
     return owner if int(owner.max()) >= len(positions) else None
 
 
-class _Windows(TrainerCallback):
-    """Begins and ends what the selector keeps where the loop does."""
+class _Beginning(TrainerCallback):
+    """Begins what the selector keeps where the loop begins."""
 
     def __init__(self, trainer: SelectionTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.on_train_end()
+        if self._trainer.selector is not None:  # of an attempt with larger batches
+            self._trainer.selector.close()
         self._trainer.selector = self._trainer.selection = None
         self._trainer._steady = SteadyColumns()
         self._trainer._metrics_of_selection.take()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self._trainer.selector is not None:  # a window that a callback broke off is none
-            self._trainer.selector.discard()
-            self._trainer._recorded = False
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._trainer.selector is not None:
-            self._trainer.selector.close()

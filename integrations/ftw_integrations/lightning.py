@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ftw
 from ftw.errors import ConfigurationError, RecordingError
 from ftw.gradients.audit import first_tensor, refuse_packed
+from ftw.processes.setting import refuse_static_graph
 from ftw.processes.sharding import is_sharded_model
 from ftw.target import Target
 from ftw_integrations import states
@@ -138,6 +139,7 @@ class SelectionCallback(_Callback):
             raise ConfigurationError(
                 f"{type(trainer.strategy).__name__} wraps the module in a {type(wrapper).__name__}; {_SERVED}."
             )
+        refuse_static_graph(wrapper)
         # FSDP reduces outside of blocks, and waits for all processes there: each of them opens one for every batch.
         self._processes, self._sharded = trainer.world_size, is_sharded_model(pl_module)
         step = TrainingStep(pl_module)

@@ -10,6 +10,7 @@ the optimizer steps. Loops that may gain three lines have more freedom with `rec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -129,6 +130,8 @@ class Attached:
         self._masses: list[float] = []
         self._columns: dict[str, list[Any]] = {}
         self._waiting = 0  # forwards whose backward has not begun
+        self._under_way = False  # a forward or a backward; if another begins, it broke off
+        self._closed = 0  # blocks of this window
         self._busy = False
         # Before the selector, whose own hooks (watch=) look at what this one leaves.
         self._handles: list[Any] = [unwrapped(optimizer).register_step_pre_hook(self._before_step)]
@@ -143,6 +146,10 @@ class Attached:
             except ConfigurationError:
                 self.detach()
                 raise
+        for each in {unwrapped(optimizer), optimizer}:
+            # Not accelerate's own, which passes on those calls that end a window.
+            if each is unwrapped(optimizer) or type(each).zero_grad is Optimizer.zero_grad:
+                self._handles.append(_Preceded(each, "zero_grad", self._before_zeroing))
         # Ahead of the recorder's, which must find the block open.
         self._handles.append(model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._after_forward))
@@ -152,10 +159,7 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._block is not None:
-            broken = RecordingError("detached within a window; what it recorded is dropped; detach between steps.")
-            block, self._block = self._block, None
-            block.__exit__(RecordingError, broken, None)
+        self._drop("detached within a window; what it recorded is dropped; detach between steps.")
         self.selector.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class Attached:
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._busy or not model.training or not torch.is_grad_enabled():
             return
+        self._drop_broken()
         owner = None if self._candidates_of is None else self._candidates_of(kwargs)
         mass = None if self._mass_of is None else self._mass_of(kwargs)
         columns: Mapping[str, Any] = {} if self._columns_of is None else self._columns_of(kwargs)
@@ -207,10 +212,12 @@ class Attached:
             self._masses.extend(mass.tolist())
         for name, column in columns.items():
             self._columns[name].extend(column)
+        self._under_way = True
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._block is None or self._busy or not torch.is_grad_enabled():
+        if self._block is None or self._busy or not model.training or not torch.is_grad_enabled():
             return
+        self._under_way = False
         made = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         if made:
             self._waiting += 1
@@ -218,9 +225,11 @@ class Attached:
 
     def _backward_begins(self, gradient: Tensor) -> None:
         self._waiting -= 1
+        self._under_way = True
         torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
 
     def _backward_ends(self) -> None:
+        self._under_way = False
         if self._waiting == 0:  # else another forward's backward is to come
             self._close()
 
@@ -228,6 +237,31 @@ class Attached:
         if self._block is not None:
             block, self._block, self._waiting = self._block, None, 0
             self._during(block.__exit__, None, None, None)
+            self._closed += 1
+
+    def _drop(self, reason: str) -> None:
+        """End an open block as one that failed."""
+        self._waiting, self._under_way = 0, False
+        if self._block is not None:
+            block, self._block = self._block, None
+            block.__exit__(RecordingError, RecordingError(reason), None)
+
+    def _drop_broken(self) -> None:
+        if self._under_way:
+            self._drop("a forward or a backward broke off; what was recorded of it is dropped.")
+
+    def _before_zeroing(self) -> None:
+        if self._busy:
+            return
+        self._drop_broken()
+        if self._block is None:
+            self.selector.discard()
+            self._closed = 0
+        elif self._closed:
+            raise RecordingError(
+                "optimizer.zero_grad() was called between a forward and its backward, with earlier micro-batches "
+                "recorded that it would drop, and that forward not; call it before the forward."
+            )
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(callable(given) and given is not optimizer for given in (*args, *kwargs.values())):
@@ -235,8 +269,10 @@ class Attached:
                 "optimizer.step() was given a closure, which runs forward and backward after the selection; attach() "
                 "serves steps without one; call record() and apply() in the loop."
             )
+        self._drop_broken()
         self._close()
         self.selection = self._during(self.selector.apply)
+        self._closed = 0
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), self._max_norm)
         if self._told is not None:
@@ -249,6 +285,31 @@ class Attached:
             return work(*args)
         finally:
             self._busy = busy
+
+
+class _Preceded:
+    """A method of one object that calls something first, until `remove()`."""
+
+    def __init__(self, owner: Any, name: str, first: Callable[[], None]) -> None:
+        plain = getattr(owner, name)
+        self._owner, self._name, self._own = owner, name, vars(owner).get(name)
+
+        @functools.wraps(plain)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if self._active:
+                first()
+            return plain(*args, **kwargs)
+
+        self._method, self._active = method, True
+        setattr(owner, name, method)
+
+    def remove(self) -> None:
+        self._active = False
+        if vars(self._owner).get(self._name) is not self._method:
+            return  # wrapped once more since: what stands inside does nothing any more
+        delattr(self._owner, self._name)
+        if self._own is not None:
+            setattr(self._owner, self._name, self._own)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

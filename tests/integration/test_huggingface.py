@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 import ftw
 from ftw.errors import CandidateLayoutError, ConfigurationError, FtwError, TargetError, UnknownComponentError
@@ -145,6 +147,42 @@ def test_all_and_uniform_is_the_untouched_trainer(kind: str, tmp_path: Path) -> 
     norms = [[entry["grad_norm"] for entry in t.state.log_history if "grad_norm" in entry] for t in (plain, ours)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert min(norms[0]) > 0.05  # the clipping acted
+
+
+class Stream(IterableDataset):
+    """44 samples an epoch, five windows of 8 and half a one, whose length the trainer does not know."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(rows_of(44, 1))
+
+
+class EndsEpochs(TrainerCallback):
+    """In the middle of a window, twice."""
+
+    seen = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        control.should_epoch_stop = self.seen in (5, 14)
+
+
+@pytest.mark.parametrize("cut", ["stream", "epochs"])
+def test_a_window_that_an_epoch_cuts_short_goes_on_in_the_next(cut: str, tmp_path: Path) -> None:
+    """The trainer makes no step there, and keeps the gradient; at the end of an epoch it saves."""
+    settings = {"max_steps": 14, "adam_epsilon": 1e-3, "save_strategy": "epoch"}
+    plain, (ours, choices) = (
+        untouched(tmp_path, model_of(), **settings),
+        selecting(tmp_path, model_of(), UNTOUCHED, **settings),
+    )
+    for trainer in (plain, ours):
+        if cut == "stream":
+            trainer.train_dataset = Stream()
+        else:
+            trainer.add_callback(EndsEpochs())
+        trainer.train()
+    assert 12 in [len(made.weights) for made in choices.made]
+    assert losses(ours) == pytest.approx(losses(plain), abs=1e-6)
+    assert_same(plain.model, ours.model, 1e-6)
 
 
 @pytest.mark.parametrize("rows", [3, 2], ids=["last window short", "even"])
@@ -409,6 +447,29 @@ def test_training_twice_begins_a_new_selector(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.selector is not first
     assert len(choices.made) == 4
+
+
+class Interrupts(TrainerCallback):
+    """In the middle of the third window, once."""
+
+    seen = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        if self.seen == 8:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    trainer, choices = selecting(tmp_path, model_of(), dataclasses.replace(CHOOSING, watch=1), max_steps=4)
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in trainer.model.modules())
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.selector.state_dict()["step"] == len(choices.made) == 2  # its window is released
+    trainer.train()
+    assert [len(made.weights) for made in choices.made] == [8] * 6
 
 
 class Breaks(TrainerCallback):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import ftw
+from ftw.errors import ConfigurationError
 from tests.gloo import needs_gloo, run, serve
 from tests.models import lora_llama, tiny_llama
 
@@ -102,6 +103,8 @@ def resumed(rank: int) -> dict[str, Any]:
 
 def unlabelled(rank: int) -> dict[str, Any]:
     folder, settings = Path(sys.argv[4]) / "out", {"of": Labelled, "max_steps": 3, "accumulate_grad_batches": 2}
+    with pytest.raises(ConfigurationError, match="has static_graph=True"):
+        fitted("lora", CHOOSING, stream(2), folder, devices=2, strategy=pl.strategies.DDPStrategy(static_graph=True))
     return {
         name: fitted("lora", chosen, without_labels()[rank::2], folder, **settings, **TWO)
         for name, chosen in (("untouched", None), ("all", {**EVERYTHING, "mass": counted}))

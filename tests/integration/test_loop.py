@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,122 @@ def test_a_detached_loop_trains_plainly() -> None:
     attached.detach()
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
     assert not optimizer._optimizer_step_pre_hooks
+    assert "zero_grad" not in vars(optimizer)
     untouched_loop(model, optimizer, accumulation=2)
     untouched_loop(twin, optimizer_of(twin), accumulation=2)
     assert_same(model, twin)
+
+
+def test_zeroed_gradients_are_none_of_the_step() -> None:
+    models = [MLP(), MLP()]
+    for model, dropped in zip(models, (False, True), strict=True):
+        optimizer = optimizer_of(model)
+        with attach(model, optimizer, reference="target", memory_cap=10**6, **ARGUMENTS) as attached:
+            for step in range(4):
+                if dropped and step != 1:  # a loop that thinks better of it
+                    loss_of(model, data(4, 50 + step)).backward()
+                    optimizer.zero_grad()
+                loss = loss_of(model, data(4, step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                assert attached.selection is not None
+                assert len(attached.selection.weights) == 4
+                optimizer.zero_grad()
+        assert "zero_grad" not in vars(optimizer)
+    assert_same(*models)
+
+
+@pytest.mark.parametrize("wrapped", ["by accelerate", "by Fabric"])
+def test_gradients_zeroed_by_a_wrapper(wrapped: str) -> None:
+    model = MLP()
+    optimizer: Any = optimizer_of(model)
+    if wrapped == "by Fabric":
+        fabric = pytest.importorskip("lightning.fabric", reason="the wrapper is its").Fabric(accelerator="cpu")
+        _, optimizer = fabric.setup(model, optimizer)
+    else:
+        accelerate = pytest.importorskip("accelerate", reason="the wrapper is its")
+        optimizer = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    with attach(model, optimizer, **ARGUMENTS) as attached:
+        for step in range(3):
+            loss_of(model, data(4, step)).backward()
+            optimizer.zero_grad()
+        loss_of(model, data(4, 3)).backward()
+        optimizer.step()
+        assert attached.selection is not None
+        assert len(attached.selection.weights) == 4
+    assert "zero_grad" not in vars(optimizer)
+
+
+def test_zeroed_between_a_forward_and_its_backward() -> None:
+    model = MLP()
+    optimizer = optimizer_of(model)
+    with attach(model, optimizer, **ARGUMENTS):
+        loss_of(model, data(4, 1)).backward()
+        loss_of(model, data(4, 2))
+        with pytest.raises(RecordingError, match="call it before the forward"):
+            optimizer.zero_grad()
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: str) -> Tensor:  # type: ignore[override]
+        if where == "forward":
+            raise MemoryError
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("place", [0, 2, 3], ids=["first", "amid", "last"])
+def test_a_micro_batch_that_breaks_off_is_none_of_the_step(place: int, where: str) -> None:
+    """A loop that catches the error and goes on trains on what is left."""
+    models = [MLP(), MLP()]
+    for model, broken in zip(models, (False, True), strict=True):
+        optimizer = optimizer_of(model)
+        with attach(model, optimizer, **ARGUMENTS) as attached:
+            for step in range(3):
+                for part in range(4):
+                    if step == 0 or part != place:
+                        loss_of(model, data(4, 10 * step + part)).backward()
+                    elif broken:
+                        hook = model.norm.register_forward_hook(lambda *given: Fails.apply(given[-1], where))
+                        with pytest.raises(MemoryError):
+                            loss_of(model, data(4, 99)).backward()
+                        hook.remove()
+                optimizer.step()
+                optimizer.zero_grad()
+                assert attached.selection is not None
+                assert len(attached.selection.weights) == (16 if step == 0 else 12)
+    assert_same(*models)
+
+
+@pytest.mark.parametrize("reference", ["target", "previous"])
+def test_a_capped_window_is_the_explicit_loops(reference: str) -> None:
+    """The target's gradient is made as the loop's forward begins."""
+    made, models = [], [MLP(), MLP()]
+    arguments = {**ARGUMENTS, "reference": reference, "memory_cap": 1500}
+    for explicit, model in enumerate(models):
+        optimizer = optimizer_of(model)
+        if explicit:
+            selector = ftw.Selector(model, optimizer, **arguments)
+        else:
+            attached = attach(model, optimizer, **arguments)
+        for step in range(4):
+            for part in range(3):
+                with selector.record() if explicit else nullcontext():
+                    loss_of(model, data(4, 10 * step + part)).backward()
+            selection = selector.apply() if explicit else None
+            optimizer.step()
+            optimizer.zero_grad()
+            selection = selection or attached.selection
+            assert selection is not None
+            made.append(selection.weights.tolist())
+    assert made[:4] == made[4:]
+    assert_same(*models)
 
 
 def test_two_forwards_before_their_backwards() -> None:

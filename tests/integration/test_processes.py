@@ -108,8 +108,10 @@ def in_one(make: Callable[[], nn.Module], world: int, **arguments: Any) -> dict[
     return {"steps": found, "parameters": numbers_of(model)}
 
 
-def selector_of(rank: int, make: Callable[[], nn.Module] = MLP, **arguments: Any) -> ftw.Selector:
-    model = DistributedDataParallel(make())
+def selector_of(
+    rank: int, make: Callable[[], nn.Module] = MLP, static_graph: bool = False, **arguments: Any
+) -> ftw.Selector:
+    model = DistributedDataParallel(make(), static_graph=static_graph)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     target = [rows_of(10 + rank)]
     return ftw.Selector(
@@ -222,6 +224,27 @@ def failing(rank: int) -> dict[str, Any]:
         record(selector, rows_of(rank))
     found["alone"] = selector.apply().weights.tolist()
     return found
+
+
+def unlike(rank: int) -> dict[str, Any]:
+    """Each argument in turn is another on the last process."""
+    found: dict[str, Any] = {}
+    for name, values in UNLIKE.items():
+        selector = selector_of(rank, **{name: values[rank]})
+        record(selector, rows_of(rank))
+        found[name] = said(selector.apply)
+        found[f"{name} left"] = gradients_of(selector)
+        selector.close()
+    return found
+
+
+UNLIKE: dict[str, tuple[Any, Any]] = {
+    "budget": (3, 4),
+    "filter": ("greedy", "topk"),
+    "solver": ("pgd", "uniform"),
+    "seed": (0, 1),
+    "reference": ("pool", "target"),
+}
 
 
 def scaled(rank: int) -> dict[str, Any]:
@@ -339,6 +362,7 @@ def refused(rank: int) -> dict[str, Any]:
         "uncovered": {"uncovered": "scale"},
         "pool": {"pool": "everywhere"},
         "watch": {"pool": "local", "watch": 1},
+        "static": {"static_graph": True},
     }
     return {name: said(lambda given=each: selector_of(rank, **given)) for name, each in given.items()}
 
@@ -349,6 +373,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "empty": empty,
     "faulty": faulty,
     "failing": failing,
+    "unlike": unlike,
     "scaled": scaled,
     "local": local_pools,
     "outside": outside,
@@ -459,6 +484,13 @@ def test_what_fails_on_one_process_fails_on_all_and_can_be_tried_again(tmp_path:
     assert len(first["alone"]) == ROWS
 
 
+def test_selectors_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
+    for found in run(__file__, "unlike", tmp_path):
+        for name in UNLIKE:
+            assert f"the selectors of the processes differ in {name}:" in found[name]
+            assert flat(found[f"{name} left"]) == []
+
+
 def test_a_loss_that_overflows_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
     first, second = run(__file__, "scaled", tmp_path)
     assert [step["status"] for step in first["steps"]] == ["optimal", "overflow", "optimal"] * 2
@@ -523,6 +555,7 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path: Path) -> None:
             assert "choose pool='local'" in found[name], name
         assert "allowed are 'global', 'local'" in found["pool"]
         assert "watch or an adaptive trust was given with pool='local'" in found["watch"]
+        assert "has static_graph=True" in found["static"]
 
 
 if __name__ == "__main__":

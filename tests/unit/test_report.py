@@ -231,6 +231,12 @@ def test_nothing_of_a_log_is_more_than_text(tmp_path: Path, capsys: pytest.Captu
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_integers_that_no_product_fits(tmp_path: Path) -> None:
+    columns = dict(entry(1).columns) | dict.fromkeys(("alignment", "mass", "weight"), [10**299] * 3)
+    write(tmp_path / NAME, entry(1, columns=columns, fidelity={"predicted_drop": 10**299, "realised_drop": 1}))
+    assert cli.main(["report", str(tmp_path), "--terminal"]) == 0
+
+
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     run = Run(log=tmp_path, watch=1)
     for _ in range(6):

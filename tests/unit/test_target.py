@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw import Target
-from ftw.errors import TargetError
+from ftw.errors import NonFiniteError, TargetError
 from tests.models import MLP
 
 
@@ -31,6 +31,20 @@ def expected(model: nn.Module, x: Tensor) -> list[Tensor]:
 def check(found: dict[nn.Parameter, Tensor], model: nn.Module, values: list[Tensor]) -> None:
     for p, value in zip(model.parameters(), values, strict=True):
         torch.testing.assert_close(found[p], value, rtol=1e-12, atol=1e-15)
+
+
+def test_a_batch_without_labels_is_no_target() -> None:
+    """Its mean is NaN, and the gradient of that is zero: nothing would ever seem useful."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        labels = torch.full((len(x),), -100 if len(x) == 2 else 1)
+        return nn.functional.cross_entropy(model(x), labels)
+
+    model = MLP()
+    names = dict(model.named_parameters())
+    Target(batches()[:2], loss, batches_per_refresh="all").gradient(model, names)
+    with pytest.raises(NonFiniteError, match=r"the target's loss is \S+, \S+, nan"):
+        Target(batches(), loss, batches_per_refresh="all").gradient(model, names)
 
 
 @pytest.mark.parametrize("kind", ["list", "iterable"])
