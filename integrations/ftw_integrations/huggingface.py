@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 import ftw
 from ftw.errors import ConfigurationError, TargetError
 from ftw.target import model_loss
+from ftw_integrations import states
 from ftw_integrations.arguments import SelectionArguments
 from ftw_integrations.columns import (
     COLUMNS,
@@ -291,7 +292,7 @@ class SelectionTrainerMixin(_Base):
             return
         path = os.path.join(checkpoint, self._state_name)
         if os.path.isfile(path):
-            self._selector_state = torch.load(path, map_location="cpu", weights_only=True)
+            self._selector_state = states.read(path)
         else:
             warnings.warn(
                 f"{checkpoint} holds no {self._state_name}: it was saved without selection, with "

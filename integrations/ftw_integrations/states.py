@@ -1,14 +1,15 @@
-"""The states of several processes in the one checkpoint that the first of them writes, for trainers that save so."""
+"""Selectors' states in files: of one process, or of several in the one that the first of them writes."""
 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ftw.errors import ConfigurationError
+from ftw.errors import ConfigurationError, DataError
 from ftw.processes.group import Group
 
 _STATES = "processes"
@@ -38,6 +39,21 @@ def own(state: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     found: Mapping[str, Any] = states[torch.distributed.get_rank() if count > 1 else 0]
     return found
+
+
+def read(path: str) -> Any:
+    """What a selector's `state_dict()` was saved as: plain data, and nothing else is read.
+
+    Raises:
+        DataError: the file is cut short, or holds anything but plain data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as a selector's state ({type(error).__name__}); resume from an earlier checkpoint, "
+            "or remove the file and the selector begins anew."
+        ) from error
 
 
 def _processes() -> int:

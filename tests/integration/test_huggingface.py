@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 import ftw
-from ftw.errors import CandidateLayoutError, ConfigurationError, FtwError, TargetError, UnknownComponentError
+from ftw.errors import CandidateLayoutError, ConfigurationError, DataError, FtwError, TargetError, UnknownComponentError
 
 pytest.importorskip("transformers", reason="the integration is for its Trainer")
 pytest.importorskip("accelerate", reason="Trainer needs it")
@@ -438,6 +438,23 @@ def test_a_checkpoint_without_the_state_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"no {STATE_NAME}"):
         trainer.train(resume_from_checkpoint=True)
     assert len(choices.made) == 2
+
+
+class Foreign:
+    """Anything but plain data."""
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "foreign"])
+def test_a_state_that_cannot_be_read_is_named(damage: str, tmp_path: Path) -> None:
+    selecting(tmp_path, model_of(), RESUMED, **{**SAVING, "max_steps": 5})[0].train()
+    path = tmp_path / "checkpoint-5" / STATE_NAME
+    if damage == "foreign":
+        torch.save({"step": Foreign()}, path)
+    else:
+        path.write_bytes(path.read_bytes()[: 200 if damage == "cut short" else 0])
+    trainer, _ = selecting(tmp_path, model_of(), RESUMED, **{**SAVING, "max_steps": 7})
+    with pytest.raises(DataError, match=f"{STATE_NAME} cannot be read"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_training_twice_begins_a_new_selector(tmp_path: Path) -> None:
