@@ -6,6 +6,7 @@ Completeness (`ftw.gradients.completeness`) is blind to rows mixed up; identity 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw.errors import CandidateLayoutError
-from ftw.gradients.layout import Layout
+from ftw.gradients.layout import Layout, Tokens
 from ftw.modes import quiet
 
 if TYPE_CHECKING:
@@ -89,39 +90,74 @@ def check_identity(
         Whether every candidate of every layer did move when it was exchanged; otherwise (constant or
         duplicate rows) nothing is proved yet.
     """
-    forward = model if forward is None else forward
-    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if _is_batched(leaf, layout.rows)]
-    depths = {leaf.dim() for leaf in leaves}
+    batch = _Batch(model if forward is None else forward, layers, args, dict(kwargs), layout)
+    depths = {leaf.dim() for leaf in tree_leaves((batch.args, batch.kwargs)) if batch.divides(leaf)}
     with quiet(model):
-        base = _fingerprints(forward, layers, args, kwargs, layout)
+        base = batch.fingerprints()
         try:
-            return _exchange_all(forward, layers, base, args, kwargs, layout, reached, least=1)
+            return _exchange_all(batch, base, reached)
         except CandidateLayoutError:
             if len(depths) < 2 or 1 not in depths:
                 raise
             # A vector as long as the batch by chance (positions, say) is no batch: leave vectors alone.
-            return _exchange_all(forward, layers, base, args, kwargs, layout, reached, least=2)
+            return _exchange_all(replace(batch, least=2), base, reached)
 
 
-def _exchange_all(
-    forward: Callable[..., Any],
-    layers: Sequence[TappedLayer],
-    base: list[list[Tensor]],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    layout: Layout,
-    reached: Mapping[str, int],
-    least: int,
-) -> bool:
+@dataclass(frozen=True)
+class _Batch:
+    """A forward's arguments, and what the tapped layers get of each candidate when it runs."""
+
+    forward: Callable[..., Any]
+    layers: Sequence[TappedLayer]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layout: Layout
+    least: int = 1  # dimensions of an argument that is divided into rows
+
+    def divides(self, leaf: Any) -> bool:
+        """Whether an argument has the batch's rows."""
+        return isinstance(leaf, Tensor) and leaf.dim() >= self.least and leaf.shape[0] == self.layout.rows
+
+    def changed(self, change: Callable[[Tensor], Tensor], layout: Layout | None = None) -> _Batch:
+        """Another batch, by a change of the arguments that have rows."""
+        args, kwargs = tree_map(lambda leaf: change(leaf) if self.divides(leaf) else leaf, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs, layout=self.layout if layout is None else layout)
+
+    def fingerprints(self) -> list[list[Tensor]]:
+        """One number per candidate and call of each layer: a fixed pseudo-random projection of its input."""
+        seen: list[list[Tensor]] = [[] for _ in self.layers]
+
+        def watch(calls: list[Tensor], layer: TappedLayer, module: nn.Module, inputs: Any, named: Any) -> None:
+            tensor = next((leaf for leaf in tree_leaves((inputs, named)) if isinstance(leaf, Tensor)), None)
+            if tensor is None:
+                return
+            leading = tensor.shape[: tensor.dim() - layer.rule.event(module)]
+            # Not of this layout: shared by all candidates; if gradient arrives there, the backward says so.
+            if self.layout.fits(leading, layer.rule.flat):
+                calls.append(_projection(tensor, prod(leading), self.layout.tokens(leading, layer.rule.flat)))
+
+        handles = [
+            layer.module.register_forward_pre_hook(partial(watch, calls, layer), with_kwargs=True)
+            for calls, layer in zip(seen, self.layers, strict=True)
+        ]
+        try:
+            self.forward(*self.args, **self.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def _exchange_all(batch: _Batch, base: list[list[Tensor]], reached: Mapping[str, int]) -> bool:
+    layers, layout = batch.layers, batch.layout
     numbers = torch.arange(layout.count)
     moved = [torch.zeros(len(calls), layout.count, dtype=torch.bool) for calls in base]
-    content = first_tensor(args, kwargs)
+    content = first_tensor(batch.args, batch.kwargs)
     for digit in range((layout.count - 1).bit_length()):
         ones = (numbers >> digit) & 1 == 1
         for changed in (ones, ~ones):
-            exchange = partial(_exchange, changed=changed, layout=layout, least=least, content=content)
-            other_args, other_kwargs = tree_map(exchange, (args, dict(kwargs)))
-            after = _fingerprints(forward, layers, other_args, other_kwargs, layout)
+            exchange = partial(_exchange, changed=changed, owner=layout.owner, content=content)
+            after = batch.changed(exchange).fingerprints()
             for i, (layer, old, new) in enumerate(zip(layers, base, after, strict=True)):
                 moved[i] |= _compare(layer, old, new, changed, layout)
     still, proved = [], True
@@ -133,30 +169,16 @@ def _exchange_all(
         if at_rest and reached.get(layer.name, 0) > len(calls) - at_rest:
             still.append(i)
     if still and layout.rows > 1:
-        _require_rows(forward, layers, base, args, kwargs, layout, least, still)
+        _require_rows(batch, base, still)
     return proved
 
 
-def _require_rows(
-    forward: Callable[..., Any],
-    layers: Sequence[TappedLayer],
-    base: list[list[Tensor]],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    layout: Layout,
-    least: int,
-    still: Sequence[int],
-) -> None:
+def _require_rows(batch: _Batch, base: list[list[Tensor]], still: Sequence[int]) -> None:
     """Raise unless these layers, by number, have a row less where the batch has."""
-    rows = layout.rows - 1
+    layers, layout, rows = batch.layers, batch.layout, batch.layout.rows - 1
     fewer = Layout(rows, owner=None if layout.owner is None else layout.owner[:rows], count=layout.count)
-
-    def shorten(leaf: Any) -> Any:
-        return leaf[:rows] if _is_batched(leaf, layout.rows) and leaf.dim() >= least else leaf
-
-    other_args, other_kwargs = tree_map(shorten, (args, dict(kwargs)))
     try:
-        after = _fingerprints(forward, layers, other_args, other_kwargs, fewer)
+        after = batch.changed(lambda leaf: leaf[:rows], fewer).fingerprints()
     except Exception:  # a model of one size of batch
         return
     for i in still:
@@ -207,14 +229,7 @@ def _mixed(layer: TappedLayer, candidate: int, *, packed: bool) -> CandidateLayo
     )
 
 
-def _is_batched(leaf: Any, rows: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
-
-
-def _exchange(leaf: Any, changed: Tensor, layout: Layout, least: int, content: Tensor) -> Any:
-    if not _is_batched(leaf, layout.rows) or leaf.dim() < least:
-        return leaf
-    owner = layout.owner
+def _exchange(leaf: Tensor, changed: Tensor, owner: Tensor | None, content: Tensor) -> Tensor:
     if owner is not None and owner.dim() == 2:
         # Tokens are exchanged one by one, where they hold the data; positions and masks hold the borders.
         if leaf.shape[:2] != owner.shape or not (leaf is content or leaf.is_floating_point()):
@@ -232,45 +247,13 @@ def _exchange(leaf: Any, changed: Tensor, layout: Layout, least: int, content: T
     return result
 
 
-def _fingerprints(
-    forward: Callable[..., Any],
-    layers: Sequence[TappedLayer],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    layout: Layout,
-) -> list[list[Tensor]]:
-    """One number per candidate and call of each layer: a fixed pseudo-random projection of its input."""
-    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-
-    def watch(layer: TappedLayer, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        tensor = next((leaf for leaf in tree_leaves((inputs, named)) if isinstance(leaf, Tensor)), None)
-        if tensor is None:
-            return
-        leading = tensor.shape[: tensor.dim() - layer.rule.event(module)]
-        if not layout.fits(leading, layer.rule.flat):
-            return  # shared by all candidates; if gradient arrives there, the backward says so
-        tokens = layout.tokens(leading, layer.rule.flat)
-        flat = tensor.detach().reshape(prod(leading), -1).to(torch.float32)
-        pattern = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=torch.float32) * 1.7 + 0.3)
-        each = (flat @ pattern).to("cpu", torch.float64)
-        each = each if tokens.index is None else each[tokens.index]
-        begins = torch.tensor(tokens.bounds)
-        owner = torch.arange(layout.count).repeat_interleave(begins.diff())
-        place = torch.arange(len(each)) - begins[owner]
-        seen[layer.name].append(
-            torch.zeros(layout.count, dtype=torch.float64).index_add_(0, owner, each * torch.cos(place * 0.7 + 0.1))
-        )
-
-    handles = [
-        layer.module.register_forward_pre_hook(
-            lambda module, inputs, named, layer=layer: watch(layer, module, inputs, named),
-            with_kwargs=True,
-        )
-        for layer in layers
-    ]
-    try:
-        forward(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [seen[layer.name] for layer in layers]
+def _projection(tensor: Tensor, positions: int, tokens: Tokens) -> Tensor:  # (n,) float64
+    flat = tensor.detach().reshape(positions, -1).to(torch.float32)
+    pattern = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=torch.float32) * 1.7 + 0.3)
+    each = (flat @ pattern).to("cpu", torch.float64)
+    each = each if tokens.index is None else each[tokens.index]
+    begins = torch.tensor(tokens.bounds)
+    count = len(begins) - 1
+    owner = torch.arange(count).repeat_interleave(begins.diff())
+    place = torch.arange(len(each)) - begins[owner]
+    return torch.zeros(count, dtype=torch.float64).index_add_(0, owner, each * torch.cos(place * 0.7 + 0.1))
