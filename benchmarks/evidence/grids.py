@@ -25,6 +25,7 @@ AXES: tuple[tuple[Setting, tuple[str, ...], tuple[str, ...]], ...] = (
     # More candidates a step: is it the pool that lacks samples?
     (varied(CORE, pool_size=64), (AXIS_TARGET,), HANDFUL),
     (varied(CORE, pool_size=64), OTHER_TARGETS, ("ours", "target_only")),
+    (varied(CORE, steps=4 * CORE.steps), (AXIS_TARGET,), ("ours", "target_only")),  # as many samples as those 64 see
     (varied(CORE, width=256, layers=4, heads=4), (AXIS_TARGET,), HANDFUL),  # ten times the parameters
     # Tuned methods have tried these rates in the core.
     *((varied(CORE, lr=CORE.lr * factor), (AXIS_TARGET,), RATED) for factor in methods.LR_FACTORS if factor != 1.0),
