@@ -248,7 +248,7 @@ def _settings(step: Step) -> dict[str, Any]:
         **{name: getattr(policy, name) for name in ("budget", "objective", "total", "targets")},
         "reference": step.reference,
         "relinearise": step.relinearise,
-        "seed": zlib.crc32(bytes(step.generator.get_state().tolist())),  # of its present state
+        "seed": zlib.crc32(step.generator.get_state().numpy().tobytes()),  # of its present state
     }
 
 
